@@ -1,0 +1,209 @@
+"""Stages 1 and 2 over a calibration set."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from cobra import objective
+from cobra.batch import Batch, model_device
+from cobra.conductance import Attribution, attribute
+from cobra.config import CHOICES, TargetModules
+from cobra.entry import Baseline, find_entry
+from cobra.gradient import GradientNorms, gradient_norms
+from cobra.path import path_rule
+from cobra.progress import Progress
+from cobra.scores import Completeness, LayerScores
+from cobra.sites import Site, block_of, find_sites, fingerprint
+from cobra.watch import frozen
+
+PerExample = Callable[[object, object], Tensor]
+
+
+def calibrate(
+    model: nn.Module,
+    loader: Iterable,
+    *,
+    steps: int = 50,
+    estimator: str = "paper",
+    quadrature: str = "midpoint",
+    baseline: Baseline = "zero",
+    granularity: str = "site",
+    target: PerExample | None = None,
+    loss: PerExample | None = None,
+    max_examples: int = 1000,
+    progress: bool = True,
+    target_modules: TargetModules = "all-linear",
+    chunk_bytes: int = 1 << 29,
+) -> LayerScores:
+    """Measures contribution (path-integral conductance) and gradient demand of every linear layer. The model is unchanged.
+
+    loader: batches as the model takes them, a mapping of tensors (with "labels") or an (inputs, labels) pair
+    steps, quadrature: gradient evaluations on the path and their rule (`cobra.path.path_rule`)
+    estimator: "paper" (COBRA Eq. 1), "conductance" (as captum's LayerConductance) or "direct" (complete across layers)
+    baseline: "zero", "mean" or "pad" embeddings, or a tensor like the model's entry
+    granularity: "site" scores every layer, "block" every transformer block
+    target, loss: (outputs, batch) -> (batch,), what is attributed and whose gradient is taken; by default the gold-class
+        logit, the output, or the mean gold-token log-probability, and the model's own loss
+    max_examples: of the loader that are used, from its start; examples whose labels are all -100 do not count
+    target_modules: as in `CobraConfig`
+    chunk_bytes: activation memory the path sweep may take; larger chunks are not faster on a CPU
+
+    Raises ValueError for an empty loader, labels all masked, losses or scores that are not finite, and what
+    `find_sites`, `find_entry` and `path_rule` raise. Warns of layers that are not used and of a poor quadrature.
+    """
+    if granularity not in CHOICES["granularity"]:
+        raise ValueError(f"granularity={granularity!r} is not one of {', '.join(CHOICES['granularity'])}")
+    if max_examples < 1:
+        raise ValueError(f"max_examples={max_examples}: expected at least 1")
+    sites = find_sites(model, target_modules)
+    rule = path_rule(estimator, quadrature, steps)
+    target_of = _unwrapped(target) or partial(objective.default_target, model)
+    loss_of = _unwrapped(loss) or partial(objective.default_loss, model)
+    collected = _Collected()
+    with frozen(model), Progress("calibrate", _examples(loader, max_examples), shown=progress) as bar:
+        for index, batch in enumerate(_batches(loader, max_examples, model_device(model))):
+            entry = find_entry(model, batch, baseline)
+            norms = gradient_norms(model, sites, entry, batch, loss_of)
+            _check_losses(norms.losses, index)
+            if index == 0 and loss is None:
+                _check_default_loss(model, batch, norms.losses)
+            attribution = attribute(
+                model,
+                sites,
+                entry,
+                batch,
+                rule,
+                target_of,
+                direct=estimator == "direct",
+                max_rows=max(1, chunk_bytes // max(1, math.ceil(2.5 * norms.row_bytes))),
+            )
+            collected.add(batch, norms, attribution)
+            bar.advance(batch.size)
+    settings = {
+        "estimator": estimator,
+        "quadrature": quadrature,
+        "steps": steps,
+        "baseline": baseline if isinstance(baseline, str) else "tensor",
+        "granularity": granularity,
+    }
+    scores = collected.scores(sites, settings)
+    _warn(scores)
+    return scores
+
+
+class _Collected:
+    """Per-example results of the batches so far."""
+
+    def __init__(self):
+        self.squared, self.attributed, self.entry, self.change = [], [], [], []
+        self.called, self.reached, self.batches = frozenset(), frozenset(), 0
+
+    def add(self, batch: Batch, norms: GradientNorms, attribution: Attribution) -> None:
+        labelled = objective.labelled_examples(batch)
+        kept = slice(None) if labelled is None else labelled.cpu()
+        self.squared.append(norms.squared[kept])
+        self.attributed.append(attribution.sites[kept])
+        self.entry.append(attribution.entry[kept])
+        self.change.append(attribution.change[kept])
+        self.called |= norms.called
+        self.reached |= norms.reached | attribution.reached
+        self.batches += 1
+
+    def scores(self, sites: list[Site], settings: dict) -> LayerScores:
+        if not self.batches:
+            raise ValueError("the calibration loader is empty: it yielded no batch")
+        squared, attributed = torch.cat(self.squared), torch.cat(self.attributed)
+        entry, change = torch.cat(self.entry), torch.cat(self.change)
+        if not len(squared):
+            raise ValueError(f"all labels of the {self.batches} calibration batches are masked (-100): nothing to score")
+        unused = {s.name: "never called" for i, s in enumerate(sites) if i not in self.called}
+        unused |= {s.name: "its output reaches no result" for i, s in enumerate(sites) if i in self.called - self.reached}
+        used = [i for i, site in enumerate(sites) if site.name not in unused]
+        if not used:
+            raise ValueError(f"none of the {len(sites)} layers was used in the calibration pass: {_some(unused)}")
+        for values, name in ((attributed, "conductance"), (squared, "gradient norm")):
+            bad = [sites[i].name for i in used if not torch.isfinite(values[:, i]).all()]
+            if bad:
+                raise ValueError(f"the {name} of {_some(bad)} is not finite; calibrate in fp32 or check these layers' weights")
+        groups: dict[str, list[int]] = {}
+        for i in used:
+            groups.setdefault(block_of(sites[i].name) if settings["granularity"] == "block" else sites[i].name, []).append(i)
+        grouped = torch.stack([attributed[:, g].sum(1) for g in groups.values()], 1)
+        gamma = torch.stack([squared[:, g].sum(1).mean().sqrt() for g in groups.values()])
+        residual_entry = entry - change
+        residual_sites = attributed[:, used].sum(1) - change
+        if settings["estimator"] == "direct":
+            residual_entry = residual_sites = residual_sites + entry
+        scale = change.abs().mean().item()
+        relative = [(r.abs().mean().item() / scale if scale else math.inf) for r in (residual_entry, residual_sites)]
+        return LayerScores(
+            tuple(groups),
+            tuple(tuple(sites[i].name for i in g) for g in groups.values()),
+            grouped.abs().mean(0).float(),
+            gamma.float(),
+            grouped.float(),
+            Completeness(relative[0], relative[1], scale),
+            unused,
+            {**settings, "examples": len(squared)},
+            fingerprint(sites),
+        )
+
+
+def _unwrapped(function: PerExample | None) -> Callable[[object, Batch], Tensor] | None:
+    """A user's function gets the batch as the loader gave it."""
+    return None if function is None else lambda outputs, batch: function(outputs, batch.values)
+
+
+def _batches(loader: Iterable, max_examples: int, device: torch.device):
+    left = max_examples
+    for index, values in enumerate(loader):
+        batch = Batch.from_loader(values, device, index)
+        if not batch.size:
+            continue
+        batch = batch.rows(0, min(left, batch.size))
+        yield batch
+        labelled = objective.labelled_examples(batch)
+        left -= batch.size if labelled is None else int(labelled.sum())
+        if left <= 0:
+            return
+
+
+def _examples(loader: Iterable, max_examples: int) -> int | None:
+    dataset = getattr(loader, "dataset", None)
+    return min(len(dataset), max_examples) if hasattr(dataset, "__len__") else None
+
+
+def _check_losses(losses: Tensor, index: int) -> None:
+    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"the loss of example {bad[0]} in calibration batch {index} is {losses[bad[0]].item()}: "
+            "check its inputs and labels, or load the model in fp32"
+        )
+
+
+@torch.no_grad()
+def _check_default_loss(model: nn.Module, batch: Batch, losses: Tensor) -> None:
+    objective.check_against_model(model, batch.forward(model), losses, batch)
+
+
+def _warn(scores: LayerScores) -> None:
+    if scores.unused:
+        warnings.warn(f"{len(scores.unused)} layers have no score and get no rank: {_some(scores.unused)}", stacklevel=3)
+    if scores.completeness.path > 0.05:
+        warnings.warn(
+            f"the path integral misses {scores.completeness.path:.0%} of F(x) - F(x0): take more steps, "
+            "quadrature='trapezoid' or 'lobatto', or another baseline (normalised inputs are singular at baseline='zero')",
+            stacklevel=3,
+        )
+
+
+def _some(names) -> str:
+    listed = [f"{k} ({v})" for k, v in names.items()] if isinstance(names, dict) else list(names)
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

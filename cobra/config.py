@@ -1,0 +1,118 @@
+"""The one configuration object of an adapter run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+TargetModules = str | tuple[str, ...] | Callable[[str, nn.Module], bool]
+
+CHOICES = {
+    "granularity": ("site", "block"),
+    "fusion": ("product", "sum", "contribution", "gradient"),
+    "prior_scale": ("literal", "standardized"),
+    "gate": ("concrete", "mean", "open"),
+    "kl": ("bernoulli", "concrete"),
+    "kl_reduction": ("sum", "mean"),
+    "anneal": ("exponential", "linear"),
+    "fold": ("one", "mean"),
+}
+
+
+@dataclass(frozen=True)
+class CobraConfig:
+    """How an adapter is attached, trained and cut. Defaults are the published form (COBRA, Eqs. 1-4) where it is stated.
+
+    rank_budget: R, the ranks kept in total; one gate of a group counts 1
+    r_max: gates per group during the search; a group never has more than its smallest layer dimension
+    total_steps: optimizer steps until the temperature reaches its end; needed by gate="concrete"
+    alpha: the update is scaled by alpha / (average rank of the budget, at least 1); None means a scale of 2.
+        The scale never follows the live rank.
+    target_modules: "all-linear" (every linear layer but the output head), a regular expression over full names, a tuple
+        of names or name endings, or a function (name, module) -> bool
+    modules_to_save: modules trained whole beside the adapter; "auto" means a classification or regression head
+    granularity: a group of gates is one layer ("site") or one transformer block ("block")
+    fusion: how contribution and gradient make the prior
+    gamma, prior_scale: prior logit = gamma (pi - mean pi); "standardized" divides the difference by its spread
+    beta, kl, kl_reduction: the KL term; "bernoulli" is the closed form, "concrete" a one-sample estimate
+    temperature, anneal: first and last temperature of the relaxation, and the way between
+    gate: "concrete" (noise once per optimizer step), "mean" (sigmoid of the logit, no noise), "open" (plain LoRA)
+    fold: the factor a kept rank carries after the cut: 1, or its mean gate
+    gate_lr_scale: learning rate of the gate logits over that of the matrices
+    dropout: on the adapter branch's input
+    seed: of lora_A's initialisation and of every gate
+    """
+
+    rank_budget: int
+    r_max: int = 16
+    total_steps: int | None = None
+    alpha: float | None = None
+    target_modules: TargetModules = "all-linear"
+    modules_to_save: str | tuple[str, ...] = "auto"
+    granularity: str = "site"
+    fusion: str = "product"
+    gamma: float = 5.0
+    prior_scale: str = "literal"
+    beta: float = 0.01
+    kl: str = "bernoulli"
+    kl_reduction: str = "sum"
+    temperature: tuple[float, float] = (1.0, 0.1)
+    anneal: str = "exponential"
+    gate: str = "concrete"
+    fold: str = "one"
+    gate_lr_scale: float = 1.0
+    dropout: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("target_modules", "modules_to_save", "temperature"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, choices))}")
+        _require(_is_int(self.rank_budget) and self.rank_budget >= 0, f"rank_budget={self.rank_budget!r}", "an integer >= 0")
+        _require(_is_int(self.r_max) and 1 <= self.r_max <= 1024, f"r_max={self.r_max!r}", "an integer from 1 to 1024")
+        _require(_is_int(self.seed) and 0 <= self.seed < 2**64, f"seed={self.seed!r}", "an integer from 0 to 2**64 - 1")
+        _require(0 <= self.dropout < 1, f"dropout={self.dropout!r}", "at least 0 and below 1")
+        _require(self.alpha is None or self.alpha > 0, f"alpha={self.alpha!r}", "greater than 0, or None")
+        _require(self.beta >= 0, f"beta={self.beta!r}", "at least 0")
+        _require(self.gate_lr_scale >= 0, f"gate_lr_scale={self.gate_lr_scale!r}", "at least 0")
+        first, last = self.temperature
+        _require(first >= last > 0, f"temperature={self.temperature!r}", "(first, last) with first >= last > 0")
+        _require(
+            self.total_steps is None or (_is_int(self.total_steps) and self.total_steps > 0),
+            f"total_steps={self.total_steps!r}",
+            "an integer greater than 0",
+        )
+        if self.gate == "concrete" and self.total_steps is None:
+            raise ValueError(
+                "gate='concrete' anneals its temperature: pass total_steps, the number of optimizer steps of the search"
+            )
+
+    def temperature_at(self, step: int) -> float:
+        """The temperature of an optimizer step, from the first to the last over `total_steps`."""
+        first, last = self.temperature
+        progress = min(1.0, step / self.total_steps) if self.total_steps else 0.0
+        if self.anneal == "linear":
+            return first + (last - first) * progress
+        return max(last, first * (last / first) ** progress)
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON; a callable `target_modules` is named, not stored."""
+        values = dataclasses.asdict(self)
+        if callable(self.target_modules):
+            values["target_modules"] = f"<{getattr(self.target_modules, '__qualname__', 'callable')}>"
+        return values
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require(holds: bool, given: str, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{given}: expected {expected}")

@@ -1,0 +1,116 @@
+"""Where the path enters a model: the output of the input embeddings for token models, the input tensor itself for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cobra.batch import Batch
+from cobra_kernels import interpolate_path
+
+Baseline = str | Tensor
+OnEntry = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The model's entry, and the baseline of the path there.
+
+    embedding: the input-embedding module, or None where the path runs through the input
+    key: of the input in the batch, where `embedding` is None
+    baseline: "zero", "mean" (mean embedding of the vocabulary), "pad" (embedding of the padding token), or a tensor
+        broadcastable to the entry (B, ...)
+    """
+
+    embedding: nn.Module | None
+    key: str | int | None
+    baseline: Baseline = "zero"
+
+    @contextmanager
+    def at(self, batch: Batch, alphas: Tensor | None, on_entry: OnEntry) -> Iterator[Batch]:
+        """Within the block, a forward of the yielded batch runs at the given points of the path, folded point-major.
+
+        alphas: (n,), or None for the input itself
+        on_entry: called with each entry tensor (n B, ...), a leaf that requires grad
+        """
+        points = 1 if alphas is None else len(alphas)
+        folded = batch.repeated(points)
+
+        def enter(x: Tensor) -> Tensor:
+            x = x.detach()
+            if alphas is not None:
+                x = x[: len(x) // points]
+                x = interpolate_path(x, self._baseline_like(x), alphas)
+            x = x.requires_grad_()
+            on_entry(x)
+            return x * 1  # a model may write into its input, which a leaf forbids
+
+        if self.embedding is None:
+            values = dict(folded.values) if isinstance(folded.values, Mapping) else list(folded.values)
+            values[self.key] = enter(values[self.key])
+            yield Batch(values if isinstance(values, dict) else tuple(values), folded.size)
+            return
+        handle = self.embedding.register_forward_hook(lambda module, args, output: enter(output))
+        try:
+            yield folded
+        finally:
+            handle.remove()
+
+    def _baseline_like(self, x: Tensor) -> Tensor:
+        if isinstance(self.baseline, Tensor):
+            return self.baseline.to(x)
+        if self.baseline == "zero":
+            return torch.zeros((), dtype=x.dtype, device=x.device)
+        weight = self.embedding.weight.detach()
+        if self.baseline == "mean":
+            return weight.float().mean(0).to(x)
+        return weight[self.embedding.padding_idx].to(x)
+
+
+def find_entry(model: nn.Module, batch: Batch, baseline: Baseline = "zero") -> Entry:
+    """The entry of a model for batches like this one.
+
+    Raises ValueError where the input is neither token ids under an embedding nor floating point, or the baseline does not fit.
+    """
+    key, value = _main_input(model, batch)
+    embedding = None
+    if not value.is_floating_point():
+        embedding = _input_embedding(model)
+        if embedding is None:
+            raise ValueError(
+                f"input {key!r} is {value.dtype} and {type(model).__name__} has no input embeddings "
+                "(get_input_embeddings() or a single nn.Embedding); the path needs a floating-point input"
+            )
+    names = ("zero", "mean", "pad") if embedding is not None else ("zero",)
+    if not isinstance(baseline, Tensor) and baseline not in names:
+        raise ValueError(f"baseline={baseline!r} is not a tensor or one of {', '.join(names)} for this model's input")
+    if isinstance(baseline, str) and baseline == "pad" and getattr(embedding, "padding_idx", None) is None:
+        raise ValueError("baseline='pad' needs input embeddings with a padding_idx; pass the embedding as a tensor instead")
+    return Entry(embedding, None if embedding is not None else key, baseline)
+
+
+def _main_input(model: nn.Module, batch: Batch) -> tuple[str | int, Tensor]:
+    if not isinstance(batch.values, Mapping):
+        return 0, batch.values[0]
+    for key in ("inputs_embeds", getattr(model, "main_input_name", None), "input_ids", "pixel_values", "input_values"):
+        if isinstance(batch.values.get(key), Tensor):
+            return key, batch.values[key]
+    tensors = {k: v for k, v in batch.values.items() if isinstance(v, Tensor) and "label" not in k and "mask" not in k}
+    if len(tensors) != 1:
+        raise ValueError(f"cannot tell the model's input among {sorted(batch.values)}; name it main_input_name on the model")
+    return next(iter(tensors.items()))
+
+
+def _input_embedding(model: nn.Module) -> nn.Module | None:
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    if embedding is None:
+        found = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        embedding = found[0] if len(found) == 1 else None
+    return embedding

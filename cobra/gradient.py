@@ -1,0 +1,90 @@
+"""Stage 2: how much every layer wants to change, ‖∇_W L(x, y)‖² of each example, from one batched backward.
+
+Each site's input and output gradient meet as the gradient arrives and are reduced to one number per example by
+`cobra_kernels.ghost_grad_norm`; weights need no requires_grad. A weight used several times in one forward has the sum of its
+uses as gradient, so its uses are joined along the tokens first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cobra.batch import Batch
+from cobra.entry import Entry
+from cobra.sites import Site
+from cobra.watch import Snapshot, per_example, watching, writes_in_place
+from cobra_kernels import ghost_grad_norm
+
+Loss = Callable[[object, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class GradientNorms:
+    """What one batch yields.
+
+    squared: (B, S) squared Frobenius norms, fp64
+    losses: (B,)
+    called, reached: sites that the forward called, and those that a gradient reached
+    row_bytes: bytes of activations an example leaves behind, estimated from the sites' tensors and the outputs
+    """
+
+    squared: Tensor
+    losses: Tensor
+    called: frozenset[int]
+    reached: frozenset[int]
+    row_bytes: int
+
+
+def gradient_norms(model: nn.Module, sites: Sequence[Site], entry: Entry, batch: Batch, loss: Loss) -> GradientNorms:
+    """Per-example gradient norms of one batch; the model must be frozen (`cobra.watch.frozen`).
+
+    loss: (outputs, batch) -> (batch,)
+    """
+    copy = writes_in_place(model)
+    calls: dict[int, int] = {}
+    arrived: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    squared = torch.zeros(batch.size, len(sites), dtype=torch.float64)
+    seen = [0]
+
+    def on_call(index: int, x: Tensor, h: Tensor) -> None:
+        name = sites[index].name
+        calls[index] = calls.get(index, 0) + 1
+        seen[0] += x.nbytes + h.nbytes
+        if not h.requires_grad:
+            return
+        snapshot = Snapshot(x, f"input of {name}", copy)
+
+        def arrive(grad: Tensor) -> None:
+            pair = per_example(snapshot.take(), batch.size, name), per_example(grad.detach(), batch.size, name)
+            arrived.setdefault(index, []).append(pair)
+            if len(arrived[index]) == calls[index]:
+                squared[:, index] = _joined_norm(arrived.pop(index)).double().cpu()
+                reached.add(index)
+
+        h.register_hook(arrive)
+
+    reached: set[int] = set()
+    with watching(sites, on_call), entry.at(batch, None, lambda x: None) as entered:
+        outputs = entered.forward(model)
+        losses = loss(outputs, entered)
+        if not isinstance(losses, Tensor) or losses.shape != (batch.size,):
+            found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(f"loss must return one value per example, shape ({batch.size},); it returned {found}")
+        if losses.requires_grad and torch.isfinite(losses).all():
+            losses.sum().backward()
+    # a use whose output goes nowhere leaves its site waiting: what did arrive is the whole gradient
+    for index, pairs in arrived.items():
+        squared[:, index] = _joined_norm(pairs).double().cpu()
+        reached.add(index)
+    logits = getattr(outputs, "logits", outputs)
+    seen[0] += 3 * logits.nbytes if isinstance(logits, Tensor) else 0
+    return GradientNorms(squared, losses.detach(), frozenset(calls), frozenset(reached), seen[0] // batch.size)
+
+
+def _joined_norm(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    xs, grads = zip(*pairs, strict=True)
+    return ghost_grad_norm(torch.cat(xs, 1), torch.cat(grads, 1)) if len(pairs) > 1 else ghost_grad_norm(*pairs[0])

@@ -1,0 +1,102 @@
+"""The two scalars of each example that calibration reads: F, which is attributed, and the loss L, whose gradient is demanded.
+
+    classification        F = logit of the gold class                    L = cross entropy
+    regression            F = the output (summed over outputs)           L = mean squared error
+    language modelling    F = mean log-probability of gold tokens        L = minus F
+
+Told apart by shapes: labels (B,) of integers, labels of floats, labels (B, T) of integers. Label -100 is masked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cobra.batch import Batch
+
+IGNORED = -100
+
+
+def default_target(model: nn.Module, outputs: Any, batch: Batch) -> Tensor:
+    """F of every example, (B,)."""
+    logits, labels = _logits(outputs), _labels(batch)
+    if labels.is_floating_point():
+        return logits.reshape(batch.size, -1).float().sum(1)
+    if labels.ndim == 1:
+        gold = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        return gold.masked_fill(labels == IGNORED, 0.0)
+    return -_token_loss(model, logits, labels)
+
+
+def default_loss(model: nn.Module, outputs: Any, batch: Batch) -> Tensor:
+    """L of every example, (B,); 0 where all labels are masked."""
+    logits, labels = _logits(outputs), _labels(batch)
+    if labels.is_floating_point():
+        return F.mse_loss(logits.reshape(labels.shape).float(), labels.float(), reduction="none").reshape(batch.size, -1).mean(1)
+    if labels.ndim == 1:
+        return F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=IGNORED)
+    return _token_loss(model, logits, labels)
+
+
+def labelled_examples(batch: Batch) -> Tensor | None:
+    """Which examples have a label that is not masked, (B,) bool; None where the batch has no labels."""
+    labels = batch.labels
+    if not isinstance(labels, Tensor):
+        return None
+    if labels.is_floating_point():
+        return torch.ones(batch.size, dtype=torch.bool, device=labels.device)
+    return (labels.reshape(batch.size, -1) != IGNORED).any(1)
+
+
+def check_against_model(model: nn.Module, outputs: Any, losses: Tensor, batch: Batch) -> None:
+    """Raises ValueError where the per-example default does not add up to the loss the model itself returned."""
+    own = getattr(outputs, "loss", None)
+    if own is None or own.ndim:
+        return
+    labels = _labels(batch)
+    weights = torch.ones_like(losses)
+    if not labels.is_floating_point():
+        gold = _shifted(model, labels) if labels.ndim > 1 else labels
+        weights = (gold.reshape(batch.size, -1) != IGNORED).sum(1).to(losses)
+    expected = (losses * weights).sum() / weights.sum()
+    if not torch.allclose(expected, own.to(expected), rtol=2e-2, atol=1e-4):
+        raise ValueError(
+            f"the default per-example loss averages {expected.item():.6g}, the model's own loss is {own.item():.6g}; "
+            "pass loss=, a function (outputs, batch) -> (batch,), and target= if the default F does not fit either"
+        )
+
+
+def _logits(outputs: Any) -> Tensor:
+    if isinstance(outputs, Tensor):
+        return outputs
+    logits = getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"outputs of type {type(outputs).__name__} have no .logits tensor; pass target= and loss=")
+    return logits
+
+
+def _labels(batch: Batch) -> Tensor:
+    if not isinstance(batch.labels, Tensor):
+        raise ValueError("the batch has no tensor 'labels'; add them, or pass target= and loss=")
+    return batch.labels
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    masked = "MaskedLM" in type(model).__name__ or "TokenClassification" in type(model).__name__
+    return config is not None and not getattr(config, "is_encoder_decoder", False) and not masked
+
+
+def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
+    return labels[:, 1:] if _shifts_labels(model) else labels
+
+
+def _token_loss(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy over an example's gold tokens: logits (B, T, V), labels (B, T) -> (B,)"""
+    if _shifts_labels(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = F.cross_entropy(logits.mT.float(), labels, reduction="none", ignore_index=IGNORED)
+    return losses.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)

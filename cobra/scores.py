@@ -1,0 +1,132 @@
+"""What a calibration found: contribution and gradient of every group, and everything needed to use or check them later."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cobra import storage
+from cobra.prior import fuse
+
+KIND = "layer scores"
+
+
+@dataclass(frozen=True)
+class Completeness:
+    """How far sums of attributions are from F(x) - F(x0), relative: Σ|residual| / Σ|F(x) - F(x0)| over the examples.
+
+    path: at the entry, where everything passes: the quadrature's own error. For "direct" it equals `sites`.
+    sites: the sum over all sites ("direct": and the bypass). Zero is only promised for "direct"; the published claim that
+        Eq. (1) sums to F(x) - F(x0) over layers does not hold.
+    change: mean |F(x) - F(x0)|
+    """
+
+    path: float
+    sites: float
+    change: float
+
+
+@dataclass(frozen=True, eq=False)
+class LayerScores:
+    """Scores of G groups of layers over n calibration examples.
+
+    sites: G names, of single layers or, at block granularity, of blocks
+    members: the layers in each group
+    conductance: (G,) phi, the mean over examples of |A(x)|
+    gradient: (G,) Gamma, the root mean square over examples of the gradient norm
+    attributions: (n, G) signed A(x), fp32
+    completeness: see `Completeness`
+    unused: layer -> why it has no score (never called, or no gradient reached it)
+    settings: estimator, quadrature, steps, baseline, granularity, examples
+    fingerprint: of the model that was calibrated (`cobra.sites.fingerprint`)
+    """
+
+    sites: tuple[str, ...]
+    members: tuple[tuple[str, ...], ...]
+    conductance: Tensor
+    gradient: Tensor
+    attributions: Tensor
+    completeness: Completeness
+    unused: dict[str, str]
+    settings: dict
+    fingerprint: str
+
+    @property
+    def prior(self) -> Tensor:
+        """(G,) pi with the product of both factors, COBRA Eq. (2)."""
+        return fuse(self.conductance, self.gradient)
+
+    @property
+    def correlation(self) -> float:
+        """Pearson correlation of conductance and gradient over groups."""
+        return torch.corrcoef(torch.stack((self.conductance, self.gradient)))[0, 1].item()
+
+    def save(self, path: Path | str) -> None:
+        """Writes one safetensors file, whole or not at all."""
+        tensors = {"conductance": self.conductance, "gradient": self.gradient, "attributions": self.attributions}
+        meta = {
+            "sites": self.sites,
+            "members": self.members,
+            "completeness": dataclasses.asdict(self.completeness),
+            "unused": self.unused,
+            "settings": self.settings,
+            "fingerprint": self.fingerprint,
+        }
+        storage.write_tensors(path, tensors, KIND, meta)
+
+    @classmethod
+    def load(cls, path: Path | str) -> LayerScores:
+        """Reads what `save` wrote. Raises FileNotFoundError, and FormatError for truncated or foreign files."""
+        tensors, meta = storage.read_tensors(path, KIND)
+        storage.expect(
+            path,
+            meta,
+            {
+                "sites": lambda v: isinstance(v, list) and len(v) > 0,
+                "members": lambda v: isinstance(v, list) and len(v) == len(meta["sites"]),
+                "completeness": lambda v: isinstance(v, dict) and v.keys() == {"path", "sites", "change"},
+                "unused": lambda v: isinstance(v, dict),
+                "settings": lambda v: isinstance(v, dict),
+                "fingerprint": lambda v: isinstance(v, str),
+            },
+        )
+        groups = len(meta["sites"])
+        for name, shape in (("conductance", (groups,)), ("gradient", (groups,)), ("attributions", (None, groups))):
+            found = tuple(tensors[name].shape) if name in tensors else None
+            if found is None or len(found) != len(shape) or found[-1] != groups:
+                raise storage.FormatError(f"{path}: tensor {name!r} should have shape {shape}, found {found}")
+        return cls(
+            tuple(meta["sites"]),
+            tuple(map(tuple, meta["members"])),
+            tensors["conductance"],
+            tensors["gradient"],
+            tensors["attributions"],
+            Completeness(**meta["completeness"]),
+            meta["unused"],
+            meta["settings"],
+            meta["fingerprint"],
+        )
+
+    def to_dataframe(self):
+        """One row a group: site, conductance, gradient, prior (needs pandas)."""
+        import pandas
+
+        columns = {"conductance": self.conductance, "gradient": self.gradient, "prior": self.prior}
+        return pandas.DataFrame({"site": self.sites, **{k: v.numpy() for k, v in columns.items()}})
+
+    def plot(self, path: Path | str | None = None):
+        """Gradient against contribution, one point a group, with their correlation (needs matplotlib)."""
+        from cobra.report.plots import factor_scatter
+
+        return factor_scatter(self, path)
+
+    def __repr__(self) -> str:
+        s = self.settings
+        return (
+            f"LayerScores({len(self.sites)} {s['granularity']}s, {s['estimator']} over {s['steps']} {s['quadrature']} points, "
+            f"{s['examples']} examples, correlation {self.correlation:.2f}, path residual {self.completeness.path:.1%})"
+        )

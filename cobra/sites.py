@@ -1,0 +1,173 @@
+"""Which layers of a model an adapter can go to.
+
+A *site* is one weight of one linear layer: nn.Linear (K -> N, weight (N, K)) or transformers' Conv1D (weight (K, N)). A module
+registered under several names is one site, and so are several modules that share one weight.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from cobra.config import TargetModules
+
+HEAD_NAMES = frozenset({"lm_head", "classifier", "score", "head", "heads", "qa_outputs", "embed_out", "output_projection"})
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One adaptable weight.
+
+    name: the first full name of the module
+    modules: every (name, module) that computes with this weight, the first one first
+    in_features, out_features: K and N
+    """
+
+    name: str
+    modules: tuple[tuple[str, nn.Module], ...]
+    in_features: int
+    out_features: int
+
+    @property
+    def module(self) -> nn.Module:
+        return self.modules[0][1]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as (N, K), a view."""
+        return linear_weight(self.module)
+
+    @property
+    def distinct_modules(self) -> list[nn.Module]:
+        return list({id(module): module for _, module in self.modules}.values())
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D; needs no import, a model that holds one has loaded it."""
+    loaded = sys.modules.get("transformers.pytorch_utils")
+    return loaded is not None and isinstance(module, loaded.Conv1D)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes x Wᵀ + b by its own forward, so that an adapter can take its place."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False  # nn.MultiheadAttention reads its weight and never calls it
+    return is_conv1d(module) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight as (N, K), a view."""
+    return module.weight.t() if is_conv1d(module) else module.weight
+
+
+def block_of(name: str) -> str:
+    """The transformer block a module belongs to: its name up to the first number, or the whole name where there is none."""
+    match = re.match(r"(.*?(?:^|\.)\d+)(?:\.|$)", name)
+    return match[1] if match else name
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Full names of the output heads: what `get_output_embeddings` returns, and linears under a customary head name."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    names = {name for name, module in model.named_modules(remove_duplicate=False) if module is output}
+    for name, module in model.named_modules(remove_duplicate=False):
+        before_any_number = re.split(r"\.?\d+(?:\.|$)", name)[0].split(".")
+        if is_linear(module) and HEAD_NAMES & set(before_any_number):
+            names.add(name)
+    return names
+
+
+def find_sites(model: nn.Module, target_modules: TargetModules = "all-linear") -> list[Site]:
+    """The sites of a model, in the order of its modules.
+
+    target_modules: "all-linear" leaves out the output heads and weights tied to an embedding; otherwise as in `CobraConfig`
+
+    Raises ValueError for names that match no linear layer (with close names), a model without linear layers, weights that
+    are not floating point or empty, and weights tied to an embedding.
+    """
+    linears = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n and is_linear(m)]
+    if not linears:
+        if is_linear(model):
+            raise ValueError("the model is itself one linear layer; wrap it, e.g. nn.Sequential(model), so it can be replaced")
+        raise ValueError(f"{type(model).__name__} has no linear layers (nn.Linear or transformers' Conv1D) to adapt")
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    automatic = isinstance(target_modules, str) and target_modules == "all-linear"
+    if automatic:
+        heads = head_names(model)
+        chosen = [(n, m) for n, m in linears if n not in heads and id(m.weight) not in embeddings]
+        if not chosen:
+            raise ValueError("all-linear leaves out output heads, and no other linear layer is left; name target_modules")
+    else:
+        chosen = _matching(linears, target_modules)
+    for name, module in chosen:
+        _check_weight(name, module, tied=id(module.weight) in embeddings)
+    return list(_group_by_weight(chosen))
+
+
+def fingerprint(sites: list[Site]) -> str:
+    """A hash of names, shapes and 64 sampled values of each weight, equal for fp32 and bf16 copies of one checkpoint."""
+    digest = hashlib.sha256()
+    for site in sites:
+        weight = site.weight.detach()
+        rows = torch.arange(64) * 7919 % weight.shape[0]
+        columns = torch.arange(64) * 104729 % weight.shape[1]
+        values = weight[rows.to(weight.device), columns.to(weight.device)].to("cpu", torch.float32)
+        digest.update(f"{site.name} {tuple(weight.shape)}".encode())
+        digest.update(values.bfloat16().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _matching(linears: list[tuple[str, nn.Module]], targets: TargetModules) -> list[tuple[str, nn.Module]]:
+    if callable(targets):
+        chosen = [(n, m) for n, m in linears if targets(n, m)]
+        if not chosen:
+            raise ValueError(f"target_modules accepted none of the {len(linears)} linear layers")
+        return chosen
+    if isinstance(targets, str):
+        chosen = [(n, m) for n, m in linears if re.fullmatch(targets, n)]
+        if not chosen:
+            raise ValueError(f"target_modules={targets!r} (a regular expression) matches no linear layer{_close(targets, linears)}")
+        return chosen
+    unknown = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n, _ in linears)]
+    if unknown or not targets:
+        hints = "; ".join(f"{t!r}{_close(t, linears)}" for t in unknown) or "the list is empty"
+        raise ValueError(f"target_modules that match no linear layer: {hints}")
+    return [(n, m) for n, m in linears if any(n == t or n.endswith(f".{t}") for t in targets)]
+
+
+def _close(target: str, linears: list[tuple[str, nn.Module]]) -> str:
+    endings = {".".join(n.split(".")[-depth:]) for n, _ in linears for depth in (1, 2, 99)}
+    close = difflib.get_close_matches(target, sorted(endings), n=3, cutoff=0.4) or sorted(
+        {n.split(".")[-1] for n, _ in linears}
+    )[:6]
+    return f" (did you mean {', '.join(map(repr, close))}?)"
+
+
+def _check_weight(name: str, module: nn.Module, tied: bool) -> None:
+    weight = module.weight
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"{name}.weight is {weight.dtype}; adapters need floating-point weights: "
+            "load the model unquantised or leave the layer out with target_modules"
+        )
+    if not weight.numel():
+        raise ValueError(f"{name}.weight is empty, shape {tuple(weight.shape)}; leave it out with target_modules")
+    if tied:
+        raise ValueError(f"{name}.weight is tied to an embedding, which a merge would change too; leave it out")
+
+
+def _group_by_weight(chosen: list[tuple[str, nn.Module]]) -> Iterator[Site]:
+    groups: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in chosen:
+        groups.setdefault(id(module.weight), []).append((name, module))
+    for members in groups.values():
+        out_features, in_features = linear_weight(members[0][1]).shape
+        yield Site(members[0][0], tuple(members), in_features, out_features)

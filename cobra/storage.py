@@ -1,0 +1,109 @@
+"""Files: safetensors and JSON, written whole or not at all, read with every expectation checked."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+
+class FormatError(ValueError):
+    """A file that is not what it should be; the message names the file, what was expected and what was found."""
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Writes a file through a neighbour and a rename: a reader sees the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: dict) -> None:
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_tensors(path: Path | str, tensors: dict[str, Tensor], kind: str, meta: dict) -> None:
+    """A safetensors file with `meta` as JSON in its header, under the key "cobra"."""
+    header = {"format": "pt", "cobra": json.dumps({"kind": kind, "version": 1, **meta})}
+    write_bytes(path, save({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, header))
+
+
+def read_json(path: Path | str, kind: str) -> dict:
+    """A JSON file of the given kind. Raises FileNotFoundError, FormatError."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path}: expected a COBRA {kind} (JSON), found a truncated or foreign file: {error}") from error
+    _check_kind(path, value, kind)
+    return value
+
+
+def read_tensors(path: Path | str, kind: str) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and meta of a file from `write_tensors`. Raises FileNotFoundError, FormatError."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a COBRA {kind}")
+    try:
+        with safe_open(path, framework="pt") as f:
+            meta = json.loads((f.metadata() or {}).get("cobra", "null"))
+            _check_kind(path, meta, kind)
+            return {key: f.get_tensor(key) for key in f.keys()}, meta  # noqa: SIM118 (safe_open is no mapping)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise FormatError(f"{path}: expected a COBRA {kind} (safetensors), found a truncated or foreign file: {error}") from error
+
+
+@contextmanager
+def new_folder(path: Path | str) -> Iterator[Path]:
+    """A folder that appears, or replaces the old one, only when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tag = uuid.uuid4().hex[:8]
+    fresh, old = path.with_name(f".{path.name}.{tag}.tmp"), path.with_name(f".{path.name}.{tag}.old")
+    fresh.mkdir()
+    try:
+        yield fresh
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(fresh, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def expect(path: Path | str, found: dict, expected: dict[str, Callable[[object], bool]]) -> None:
+    """Checks the fields of a file's meta. Raises FormatError naming the first that is missing or wrong."""
+    for key, holds in expected.items():
+        if key not in found:
+            raise FormatError(f"{path}: field {key!r} is missing")
+        if not holds(found[key]):
+            raise FormatError(f"{path}: field {key!r} has an unexpected value: {str(found[key])[:80]}")
+
+
+def _check_kind(path: Path, value: object, kind: str) -> None:
+    found = value.get("kind") if isinstance(value, dict) else None
+    if found != kind:
+        raise FormatError(f"{path}: expected a COBRA {kind}, found {found or 'a file of another program'}")
+    if value.get("version") != 1:
+        raise FormatError(f"{path}: version {value.get('version')!r} of a COBRA {kind}; this release reads version 1")

@@ -1,0 +1,82 @@
+"""Seeing what passes through a model's sites, and leaving the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from cobra.sites import Site
+
+OnCall = Callable[[int, Tensor, Tensor], Tensor | None]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients within the block; every flag is restored after it."""
+    training = {module: module.training for module in model.modules()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def watching(sites: Sequence[Site], on_call: OnCall) -> Iterator[None]:
+    """Calls on_call(site index, input, output) at every call of a site's module; what it returns replaces the output."""
+    handles = [
+        module.register_forward_hook(lambda _, args, output, index=index: on_call(index, args[0], output))
+        for index, site in enumerate(sites)
+        for module in site.distinct_modules
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Snapshot:
+    """A tensor held until its gradient arrives, without a copy, and checked to be still what it was."""
+
+    def __init__(self, tensor: Tensor, what: str, copy: bool):
+        self._source = None if copy else tensor
+        self._tensor = tensor.detach().clone() if copy else tensor.detach()
+        self._version = tensor._version
+        self._what = what
+
+    def take(self) -> Tensor:
+        """The tensor; it is let go."""
+        tensor, self._tensor, source, self._source = self._tensor, None, self._source, None
+        if source is not None and source._version != self._version:
+            raise RuntimeError(
+                f"the model writes in place over the {self._what}; write that operation out of place for the calibration"
+            )
+        return tensor
+
+
+def writes_in_place(model: nn.Module) -> bool:
+    """Whether a module declares that it overwrites its input (nn.ReLU(inplace=True) and the like)."""
+    return any(getattr(module, "inplace", False) is True for module in model.modules())
+
+
+def per_example(tensor: Tensor, rows: int, site: str) -> Tensor:
+    """A site's tensor as (rows, tokens, features). Raises ValueError where its first dimension is not the batch."""
+    if tensor.ndim >= 2 and tensor.shape[0] == rows:
+        return tensor.reshape(rows, -1, tensor.shape[-1])
+    if tensor.ndim == 2 and tensor.shape[0] % rows == 0:
+        return tensor.reshape(rows, -1, tensor.shape[-1])
+    raise ValueError(
+        f"{site} sees a tensor of shape {tuple(tensor.shape)} in a batch of {rows}: its first dimension must be the batch "
+        "(or batch × tokens); leave it out with target_modules"
+    )

@@ -1,0 +1,68 @@
+"""KL divergence of gate posteriors from their priors, per gate.
+
+Closed form, Bernoulli(sigmoid(a)) against Bernoulli(sigmoid(p)) with logits a and p (COBRA Eq. (4)):
+
+    KL = alpha (a - p) - softplus(a) + softplus(p)          alpha = sigmoid(a)
+    dKL/da = alpha (1 - alpha) (a - p)                      exactly 0 where a = p
+
+Sampled, concrete against concrete at one temperature, one draw t = (a + noise) / temperature = logit z:
+
+    log q(t) = log(temperature) - v - 2 softplus(-v),  v = temperature * t - a = noise
+    log p(t) = log(temperature) - v - 2 softplus(-v),  v = temperature * t - p = a + noise - p
+
+so that the temperature cancels and only the moved sample carries a gradient to a.
+
+The prior gets no gradient. Everything is fp32 or fp64.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+
+def gate_kl_ref(logits: Tensor, prior_logits: Tensor) -> Tensor:
+    """logits (...), prior_logits (...) -> KL (...), each >= 0 up to rounding"""
+    alpha = torch.sigmoid(logits)
+    return alpha * (logits - prior_logits) - softplus(logits) + softplus(prior_logits)
+
+
+class _GateKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, prior_logits):
+        ctx.save_for_backward(logits, prior_logits)
+        return gate_kl_ref(logits, prior_logits)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dkl):
+        logits, prior_logits = ctx.saved_tensors
+        alpha = torch.sigmoid(logits)
+        return dkl * alpha * (1 - alpha) * (logits - prior_logits), None
+
+
+def gate_kl(logits: Tensor, prior_logits: Tensor) -> Tensor:
+    """Bernoulli KL per gate in closed form.
+
+    logits, prior_logits: (...) of one shape
+
+    out: (...)
+    """
+    _check_shapes(logits, prior_logits)
+    return _GateKL.apply(logits, prior_logits)
+
+
+def gate_kl_sampled(logits: Tensor, prior_logits: Tensor, noise: Tensor) -> Tensor:
+    """One-sample estimate of the KL between two concrete densities, per gate; unbiased, may be negative.
+
+    logits, prior_logits, noise: (...) of one shape; noise is the logistic draw that made the gates
+
+    out: (...)
+    """
+    _check_shapes(logits, prior_logits)
+    v = logits + noise - prior_logits
+    return (v + 2 * softplus(-v)) - (noise + 2 * softplus(-noise))
+
+
+def _check_shapes(logits: Tensor, prior_logits: Tensor) -> None:
+    if logits.shape != prior_logits.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and prior_logits {tuple(prior_logits.shape)} differ in shape")

@@ -1,0 +1,57 @@
+"""Per-example norm of a linear layer's weight gradient, without the gradient.
+
+    ‖∇W‖² = ‖ Σ_t dy_t x_tᵀ ‖² = ⟨ X Xᵀ, G Gᵀ ⟩          X (T, K) inputs, G (T, N) output gradients of one example
+
+    x (B, T, K)   dy (B, T, N)   ->   (B,)          COBRA Eq. (2), the norm under the expectation
+
+The Gram form costs T² (K + N) products and T² memory, the direct form T K N and K N; the cheaper one is chosen by shape
+(`prefers_gram`). Either way one example's temporaries live at a time in a chunk of bounded size. Sums are fp32, or fp64 for
+fp64 inputs.
+"""
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 24
+
+
+def prefers_gram(T: int, K: int, N: int) -> bool:
+    """Whether the Gram form needs fewer products than the direct one."""
+    return T * (K + N) <= K * N
+
+
+def ghost_grad_norm_ref(x: Tensor, dy: Tensor) -> Tensor:
+    """x (B, T, K), dy (B, T, N) -> squared norms (B,), through the gradients themselves"""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.einsum("btn,btk->bnk", dy.to(dtype), x.to(dtype)).square().sum((1, 2))
+
+
+def ghost_grad_norm(x: Tensor, dy: Tensor) -> Tensor:
+    """Squared Frobenius norm of each example's weight gradient.
+
+    x: (B, T, K), or (B, K) for one token an example
+    dy: (B, T, N), or (B, N)
+
+    out: (B,) fp32, or fp64 for fp64 inputs
+    """
+    if x.shape[:-1] != dy.shape[:-1] or x.ndim not in (2, 3):
+        raise ValueError(f"x {tuple(x.shape)} and dy {tuple(dy.shape)} must be (B, T, features) or (B, features) alike")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x, dy = x.detach().to(dtype), dy.detach().to(dtype)
+    if x.ndim == 2:
+        return x.square().sum(1) * dy.square().sum(1)
+    B, T, K = x.shape
+    N = dy.shape[2]
+    gram = prefers_gram(T, K, N)
+    chunk = max(1, CHUNK_ELEMENTS // max(1, T * T if gram else K * N))
+    norms = [_gram(x[i : i + chunk], dy[i : i + chunk]) if gram else _direct(x[i : i + chunk], dy[i : i + chunk])
+             for i in range(0, B, chunk)]
+    return torch.cat(norms) if norms else x.new_zeros(0)
+
+
+def _gram(x: Tensor, dy: Tensor) -> Tensor:
+    return torch.einsum("bst,bst->b", x @ x.mT, dy @ dy.mT)
+
+
+def _direct(x: Tensor, dy: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(dy.mT @ x, dim=(1, 2)).square()
