@@ -1,0 +1,33 @@
+"""COBRA: decides where an adapter's rank belongs, trains it under stochastic rank gates, and merges it away.
+
+    y = x Wᵀ + b + s ((x Aᵀ) ∘ z) Bᵀ
+
+`calibrate` scores layers, `attach` puts gated adapters on them, `Adapter` trains, cuts, merges and exports them.
+"""
+
+from cobra._collision import warn_of_collision
+from cobra.adapter import Adapter
+from cobra.attach import attach
+from cobra.calibrate import calibrate
+from cobra.config import CobraConfig
+from cobra.linear import CobraLinear
+from cobra.merge import MergeReport
+from cobra.plan import RankPlan
+from cobra.scores import LayerScores
+from cobra.storage import FormatError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "CobraConfig",
+    "CobraLinear",
+    "FormatError",
+    "LayerScores",
+    "MergeReport",
+    "RankPlan",
+    "attach",
+    "calibrate",
+]
+
+warn_of_collision()

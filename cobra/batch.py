@@ -26,7 +26,9 @@ class Batch:
         if isinstance(values, list):
             values = tuple(values)
         if not isinstance(values, (Mapping, tuple)) or (isinstance(values, tuple) and len(values) != 2):
-            raise TypeError(f"batch {index} is {type(values).__name__}; expected a mapping of tensors or an (inputs, labels) pair")
+            raise TypeError(
+                f"batch {index} is {type(values).__name__}; expected a mapping of tensors or an (inputs, labels) pair"
+            )
         items = values.items() if isinstance(values, Mapping) else enumerate(values)
         sizes = {key: value.shape[0] for key, value in items if isinstance(value, Tensor) and value.ndim}
         if not sizes:
@@ -48,9 +50,7 @@ class Batch:
 
     def repeated(self, times: int) -> Batch:
         """The batch repeated along its first dimension, all examples of the first copy first."""
-        fold = self.map(
-            lambda t: t.repeat(times, *[1] * (t.ndim - 1)) if t.ndim and t.shape[0] == self.size else t
-        )
+        fold = self.map(lambda t: t.repeat(times, *[1] * (t.ndim - 1)) if t.ndim and t.shape[0] == self.size else t)
         return Batch(fold.values, self.size * times)
 
     @property

@@ -101,6 +101,10 @@ class CobraConfig:
             return first + (last - first) * progress
         return max(last, first * (last / first) ** progress)
 
+    def scaling(self, groups: int) -> float:
+        """The fixed scale of the update for a budget spread over so many groups."""
+        return 2.0 if self.alpha is None else self.alpha / max(1.0, self.rank_budget / groups)
+
     def to_dict(self) -> dict:
         """Plain values for JSON; a callable `target_modules` is named, not stored."""
         values = dataclasses.asdict(self)

@@ -35,7 +35,9 @@ def default_loss(model: nn.Module, outputs: Any, batch: Batch) -> Tensor:
     """L of every example, (B,); 0 where all labels are masked."""
     logits, labels = _logits(outputs), _labels(batch)
     if labels.is_floating_point():
-        return F.mse_loss(logits.reshape(labels.shape).float(), labels.float(), reduction="none").reshape(batch.size, -1).mean(1)
+        return (
+            F.mse_loss(logits.reshape(labels.shape).float(), labels.float(), reduction="none").reshape(batch.size, -1).mean(1)
+        )
     if labels.ndim == 1:
         return F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=IGNORED)
     return _token_loss(model, logits, labels)

@@ -134,7 +134,9 @@ def _matching(linears: list[tuple[str, nn.Module]], targets: TargetModules) -> l
     if isinstance(targets, str):
         chosen = [(n, m) for n, m in linears if re.fullmatch(targets, n)]
         if not chosen:
-            raise ValueError(f"target_modules={targets!r} (a regular expression) matches no linear layer{_close(targets, linears)}")
+            raise ValueError(
+                f"target_modules={targets!r} (a regular expression) matches no linear layer{_close(targets, linears)}"
+            )
         return chosen
     unknown = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n, _ in linears)]
     if unknown or not targets:
@@ -145,9 +147,10 @@ def _matching(linears: list[tuple[str, nn.Module]], targets: TargetModules) -> l
 
 def _close(target: str, linears: list[tuple[str, nn.Module]]) -> str:
     endings = {".".join(n.split(".")[-depth:]) for n, _ in linears for depth in (1, 2, 99)}
-    close = difflib.get_close_matches(target, sorted(endings), n=3, cutoff=0.4) or sorted(
-        {n.split(".")[-1] for n, _ in linears}
-    )[:6]
+    close = (
+        difflib.get_close_matches(target, sorted(endings), n=3, cutoff=0.4)
+        or sorted({n.split(".")[-1] for n, _ in linears})[:6]
+    )
     return f" (did you mean {', '.join(map(repr, close))}?)"
 
 

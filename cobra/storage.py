@@ -66,7 +66,9 @@ def read_tensors(path: Path | str, kind: str) -> tuple[dict[str, Tensor], dict]:
             _check_kind(path, meta, kind)
             return {key: f.get_tensor(key) for key in f.keys()}, meta  # noqa: SIM118 (safe_open is no mapping)
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise FormatError(f"{path}: expected a COBRA {kind} (safetensors), found a truncated or foreign file: {error}") from error
+        raise FormatError(
+            f"{path}: expected a COBRA {kind} (safetensors), found a truncated or foreign file: {error}"
+        ) from error
 
 
 @contextmanager

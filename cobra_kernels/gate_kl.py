@@ -59,7 +59,7 @@ def gate_kl_sampled(logits: Tensor, prior_logits: Tensor, noise: Tensor) -> Tens
     out: (...)
     """
     _check_shapes(logits, prior_logits)
-    v = logits + noise - prior_logits
+    v = noise + (logits - prior_logits)
     return (v + 2 * softplus(-v)) - (noise + 2 * softplus(-noise))
 
 

@@ -120,6 +120,4 @@ def _check_shapes(x, weight, lora_A, lora_B, z, bias) -> None:
         expected["z"] = (z, (r,) if z.ndim == 1 else (*x.shape[:-1], r))
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, expected {shape} beside weight ({N}, {K}) and rank {r}"
-            )
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} beside weight ({N}, {K}) and rank {r}")

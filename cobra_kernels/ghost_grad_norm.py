@@ -44,8 +44,10 @@ def ghost_grad_norm(x: Tensor, dy: Tensor) -> Tensor:
     N = dy.shape[2]
     gram = prefers_gram(T, K, N)
     chunk = max(1, CHUNK_ELEMENTS // max(1, T * T if gram else K * N))
-    norms = [_gram(x[i : i + chunk], dy[i : i + chunk]) if gram else _direct(x[i : i + chunk], dy[i : i + chunk])
-             for i in range(0, B, chunk)]
+    norms = [
+        _gram(x[i : i + chunk], dy[i : i + chunk]) if gram else _direct(x[i : i + chunk], dy[i : i + chunk])
+        for i in range(0, B, chunk)
+    ]
     return torch.cat(norms) if norms else x.new_zeros(0)
 
 

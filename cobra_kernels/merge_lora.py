@@ -9,18 +9,14 @@ import torch
 from torch import Tensor
 
 
-def merge_lora_ref(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, z: Tensor | None = None, *, scaling: float = 1.0
-) -> Tensor:
+def merge_lora_ref(weight: Tensor, lora_A: Tensor, lora_B: Tensor, z: Tensor | None = None, *, scaling: float = 1.0) -> Tensor:
     """The equation as it is written; arguments as in `merge_lora`."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     gated_B = lora_B.to(dtype) if z is None else lora_B.to(dtype) * z.to(dtype)
     return (weight.to(dtype) + scaling * (gated_B @ lora_A.to(dtype))).to(weight.dtype)
 
 
-def merge_lora(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, z: Tensor | None = None, *, scaling: float = 1.0
-) -> Tensor:
+def merge_lora(weight: Tensor, lora_A: Tensor, lora_B: Tensor, z: Tensor | None = None, *, scaling: float = 1.0) -> Tensor:
     """The merged weight, a new tensor.
 
     weight: (N, K)

@@ -1,0 +1,308 @@
+"""The life of an adapter: train under the ELBO, extract, apply, merge, save."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cobra import checkpoint, shrink
+from cobra.config import CobraConfig
+from cobra.linear import CobraLinear
+from cobra.merge import MergedSite, MergeReport, merge_site
+from cobra.plan import RankPlan, SitePlan, top_ranks
+from cobra.sites import Site, fingerprint
+from cobra_kernels import gate_kl, gate_kl_sampled, gate_noise
+
+
+@dataclass(eq=False)
+class Group:
+    """Layers that share one vector of gates.
+
+    index: of the group in the Philox stream, fixed at attach
+    sites: the base model's sites; layers: their CobraLinears, several where modules share one weight
+    prior: logit of the prior, exact in fp32
+    """
+
+    name: str
+    index: int
+    sites: list[Site]
+    layers: list[list[CobraLinear]]
+    prior: float
+
+    @property
+    def cost(self) -> int:
+        return sum(site.in_features + site.out_features for site in self.sites)
+
+    @property
+    def all_layers(self) -> list[CobraLinear]:
+        return [layer for layers in self.layers for layer in layers]
+
+    @property
+    def gate(self) -> nn.Parameter | None:
+        return self.layers[0][0].lora_gate
+
+    @property
+    def noise(self) -> Tensor | None:
+        return self.layers[0][0].gate_noise
+
+    @property
+    def rank(self) -> int:
+        return self.layers[0][0].rank
+
+
+class Adapter:
+    """A handle on the CobraLinears of a model. Made by `attach`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: CobraConfig,
+        groups: list[Group],
+        heads: dict[str, nn.Module],
+        restore: list[str],
+    ):
+        self.model, self.config, self.groups, self.heads = model, config, groups, heads
+        self.base_fingerprint = fingerprint([site for group in groups for site in group.sites])
+        self.current_step = 0
+        self.plan: RankPlan | None = None
+        self._trainable_before = set(restore)
+        self._merged: dict[str, MergedSite] = {}
+        self._versions_at_cut: list[int] | None = None
+        self._draw()
+
+    # training
+
+    def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict]:
+        """Optimizer groups: the matrices and heads at `lr`; the gate logits at lr × gate_lr_scale, never decayed."""
+        matrices = [p for group in self.groups for layers in group.layers for p in (layers[0].lora_A, layers[0].lora_B)]
+        gates = [group.gate for group in self.groups if group.gate is not None]
+        heads = [p for head in self.heads.values() for p in head.parameters()]
+        groups = [
+            {"params": matrices, "lr": lr, "weight_decay": weight_decay},
+            {"params": gates, "lr": lr * self.config.gate_lr_scale, "weight_decay": 0.0},
+            {"params": list(dict.fromkeys(heads)), "lr": lr, "weight_decay": weight_decay},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def kl_loss(self) -> Tensor:
+        """() beta × KL of the gates' posterior from their prior, for one optimizer step.
+
+        Where gradients of n micro-batches are accumulated, divide the whole loss by n: then the KL counts once.
+        Zero once the ranks are cut.
+        """
+        gated = [group for group in self.groups if group.gate is not None]
+        if not gated:
+            return torch.zeros((), device=next(self.model.parameters()).device)
+        logits = torch.cat([group.gate for group in gated])
+        prior = torch.cat([logits.new_full((group.rank,), group.prior) for group in gated])
+        if self.config.kl == "concrete" and gated[0].noise is not None:
+            kl = gate_kl_sampled(logits, prior, torch.cat([group.noise for group in gated]))
+        else:
+            kl = gate_kl(logits, prior)
+        return self.config.beta * (kl.sum() if self.config.kl_reduction == "sum" else kl.mean())
+
+    def step(self) -> None:
+        """Call once after every optimizer step: the next step's gates and temperature."""
+        if self._versions_at_cut is not None:
+            if self._versions_at_cut and self._versions_at_cut == self._versions():
+                warnings.warn(
+                    "no parameter moved in the step after apply(plan): the optimizer holds the parameters from before the cut; "
+                    "call apply(plan, optimizer), or make a new optimizer from parameter_groups()",
+                    stacklevel=2,
+                )
+            self._versions_at_cut = None
+        self.move_to_step(self.current_step + 1)
+
+    def move_to_step(self, step: int) -> None:
+        """Sets the number of optimizer steps taken; gates and temperature follow from it."""
+        self.current_step = step
+        self._draw()
+
+    def _draw(self) -> None:
+        """Noise and temperature of the current step, a pure function of (seed, step, group)."""
+        temperature = self.config.temperature_at(self.current_step)
+        noise = None
+        if self.config.gate == "concrete" and self.plan is None:
+            noise = gate_noise(len(self.groups), self.config.r_max, seed=self.config.seed, step=self.current_step)
+        for group in self.groups:
+            for layer in group.all_layers:
+                if noise is None:
+                    layer.gate_noise = None
+                    continue
+                drawn = noise[group.index, : layer.rank]
+                if layer.gate_noise is None:
+                    layer.gate_noise = drawn.to(layer.lora_gate, copy=True)
+                else:
+                    layer.gate_noise.copy_(drawn)
+                layer.gate_temperature.fill_(temperature)
+
+    def expected_ranks(self) -> dict[str, float]:
+        """Group -> Σ sigmoid(gate logits), the rank the posterior expects."""
+        return {
+            group.name: float(group.rank) if group.gate is None else group.gate.sigmoid().sum().item() for group in self.groups
+        }
+
+    def trainable_parameters(self) -> int:
+        """Elements of lora_A and lora_B (without gates and heads)."""
+        return sum(layers[0].lora_A.numel() + layers[0].lora_B.numel() for group in self.groups for layers in group.layers)
+
+    # the cut
+
+    def extract(self, budget: int | None = None) -> RankPlan:
+        """The exact top-R plan of the gate logits; changes nothing.
+
+        budget: R, by default the config's
+
+        Raises ValueError for a budget out of range and gates that are not finite.
+        """
+        budget = self.config.rank_budget if budget is None else budget
+        scores = [self._gate_logits(group) for group in self.groups]
+        return RankPlan(
+            tuple(
+                SitePlan(g.name, tuple(s.name for s in g.sites), g.cost, tuple(kept), tuple(a.sigmoid().tolist()))
+                for g, kept, a in zip(self.groups, top_ranks(scores, budget), scores, strict=True)
+            ),
+            "one" if self.config.gate == "open" else self.config.fold,
+            self.base_fingerprint,
+        )
+
+    def _gate_logits(self, group: Group) -> Tensor:
+        gate = group.gate
+        return torch.full((group.rank,), group.prior, dtype=torch.float64) if gate is None else gate.detach().double().cpu()
+
+    @contextmanager
+    def hard_gates(self, plan: RankPlan) -> Iterator[None]:
+        """Within the block the model computes what it will compute after `apply(plan)`."""
+        self._check_plan(plan)
+        with ExitStack() as stack:
+            for group, site in zip(self.groups, plan.sites, strict=True):
+                for layer in group.all_layers:
+                    kept = torch.tensor(site.kept, dtype=torch.long, device=layer.lora_A.device)
+                    stack.enter_context(layer.cut_to(kept, shrink.fold_factors(site, plan.fold).to(layer.lora_B)))
+            yield
+
+    def apply(self, plan: RankPlan, optimizer: Optimizer | None = None) -> None:
+        """Cuts the matrices to the kept ranks. Layers of rank 0 become the base model's own modules again.
+
+        optimizer: takes over the cut parameters, with their state cut alike, and loses those that are gone. Without it, make
+            a new optimizer from `parameter_groups`: the old one holds parameters that no longer count.
+
+        Raises ValueError for a plan of another adapter, or one that was applied before.
+        """
+        self._check_plan(plan)
+        removed: list[nn.Parameter] = []
+        for group, site in zip(self.groups, plan.sites, strict=True):
+            if group.gate is not None:
+                removed.append(group.gate)
+            for base, layers in zip(group.sites, group.layers, strict=True):
+                if site.kept:
+                    shrink.shrink_layers(layers, site, plan.fold, optimizer)
+                else:
+                    removed += [layers[0].lora_A, layers[0].lora_B]
+                    self._restore(base)
+        if optimizer is not None:
+            shrink.forget(optimizer, removed)
+        self.groups = [group for group, site in zip(self.groups, plan.sites, strict=True) if site.kept]
+        self.plan = plan
+        self._versions_at_cut = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [p._version for group in self.parameter_groups(lr=0.0) for p in group["params"]]
+
+    def _check_plan(self, plan: RankPlan) -> None:
+        if self.plan is not None:
+            raise ValueError("a plan was applied already: the ranks are cut once")
+        if self._merged:
+            raise ValueError("the adapter is merged; unmerge() it first")
+        if plan.fingerprint != self.base_fingerprint:
+            raise ValueError(
+                f"the plan is of another model: fingerprint {plan.fingerprint}, this adapter's is {self.base_fingerprint}"
+            )
+        found = [(g.name, g.rank) for g in self.groups]
+        expected = [(s.name, len(s.posterior)) for s in plan.sites]
+        if found != expected:
+            raise ValueError(
+                f"the plan is of another adapter: {len(expected)} groups of gates, this one has {len(found)}, or other sizes"
+            )
+
+    # the end
+
+    def merge(self) -> MergeReport:
+        """Adds every update to its weight (fp32 sum, one rounding) and puts the base model's own modules back.
+
+        Gates count as in evaluation mode. The model then has the base model's modules and state-dict keys; `unmerge` restores
+        the original bits. Raises ValueError if merged already.
+        """
+        if self._merged:
+            raise ValueError("the adapter is merged already")
+        done: dict[str, MergedSite] = {}
+        pairs = [pair for group in self.groups for pair in zip(group.sites, group.layers, strict=True)]
+        try:
+            for site, layers in pairs:
+                done[site.name] = merge_site(site, layers[0])
+        except BaseException:
+            for site, _ in pairs[: len(done)]:
+                done[site.name].restore(site)
+            raise
+        for site, _ in pairs:
+            self._restore(site)
+        self._merged = done
+        return MergeReport(tuple(merged.report for merged in done.values()))
+
+    def unmerge(self) -> None:
+        """Restores the base weights bit for bit and puts the adapter back. Raises ValueError if not merged."""
+        if not self._merged:
+            raise ValueError("the adapter is not merged")
+        for group in self.groups:
+            for site, layers in zip(group.sites, group.layers, strict=True):
+                self._merged.pop(site.name).restore(site)
+                by_weight = dict(zip(map(id, site.distinct_modules), layers, strict=True))
+                for name, module in site.modules:
+                    self.model.set_submodule(name, by_weight[id(module)])
+
+    def detach(self) -> None:
+        """Takes the adapter off without merging: the base model's modules and trainable flags as before `attach`."""
+        if self._merged:
+            self.unmerge()
+        for group in self.groups:
+            for site in group.sites:
+                self._restore(site)
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(name in self._trainable_before)
+
+    def _restore(self, site: Site) -> None:
+        training = self.model.training
+        for name, module in site.modules:
+            module.train(training)
+            self.model.set_submodule(name, module)
+
+    # files
+
+    def save_pretrained(self, folder: Path | str, layout: str = "compact") -> None:
+        """Writes a plain LoRA checkpoint that peft loads (`cobra.export.peft`)."""
+        from cobra.export.peft import save_pretrained
+
+        save_pretrained(self, folder, layout)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor that training changes, by full name: matrices, gates and heads."""
+        return checkpoint.adapter_tensors(self)
+
+    def save_checkpoint(self, path: Path | str, optimizer: Optimizer | None = None, scheduler=None) -> None:
+        """Writes one file from which training goes on with the same bits (`cobra.checkpoint`)."""
+        checkpoint.save(self, path, optimizer, scheduler)
+
+    def load_checkpoint(self, path: Path | str, optimizer: Optimizer | None = None, scheduler=None) -> None:
+        """Reads what `save_checkpoint` wrote, into an adapter freshly attached with the same config."""
+        checkpoint.load(self, path, optimizer, scheduler)
+
+    def __repr__(self) -> str:
+        state = "merged" if self._merged else "cut" if self.plan else f"step {self.current_step}"
+        return f"Adapter({len(self.groups)} groups, {self.trainable_parameters():,} parameters, {state})"

@@ -1,0 +1,116 @@
+"""Training checkpoints: one safetensors file from which a run goes on with the very same bits.
+
+It holds the matrices, gates, heads, priors, the optimizer's state, torch's CPU random state (dropout) and, in its header, the
+step, the config, the applied plan, and the optimizer's and scheduler's settings. Gates need nothing more: they are a function
+of the step. The order of the data is the caller's to restore.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cobra import storage
+from cobra.plan import RankPlan
+
+if TYPE_CHECKING:
+    from cobra.adapter import Adapter
+
+KIND = "training checkpoint"
+
+
+def adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Everything that training changes, by name; the tensors themselves, not copies."""
+    tensors: dict[str, Tensor] = {}
+    for group in adapter.groups:
+        for site, layers in zip(group.sites, group.layers, strict=True):
+            tensors[f"{site.name}.lora_A"], tensors[f"{site.name}.lora_B"] = layers[0].lora_A, layers[0].lora_B
+        if group.gate is not None:
+            tensors[f"{group.name}.lora_gate"] = group.gate
+    for name, head in adapter.heads.items():
+        tensors |= {f"{name}.{key}": value for key, value in head.state_dict(keep_vars=True).items()}
+    return tensors
+
+
+def save(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, scheduler) -> None:
+    """Writes the checkpoint, whole or not at all."""
+    tensors = {f"adapter.{name}": tensor for name, tensor in adapter_tensors(adapter).items()}
+    tensors["prior"] = torch.tensor([group.prior for group in adapter.groups], dtype=torch.float64)
+    tensors["rng"] = torch.get_rng_state()
+    meta = {
+        "step": adapter.current_step,
+        "config": adapter.config.to_dict(),
+        "fingerprint": adapter.base_fingerprint,
+        "groups": [group.name for group in adapter.groups],
+        "plan": None if adapter.plan is None else adapter.plan.to_dict(),
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+    }
+    if optimizer is not None:
+        state = optimizer.state_dict()
+        scalars: dict[str, dict] = {}
+        for index, values in state["state"].items():
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{index}.{key}"] = value
+                else:
+                    scalars.setdefault(str(index), {})[key] = value
+        meta["optimizer"] = {"param_groups": state["param_groups"], "scalars": scalars}
+    storage.write_tensors(path, tensors, KIND, meta)
+
+
+def load(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, scheduler) -> None:
+    """Restores the checkpoint into an adapter freshly attached to the same base model with the same config.
+
+    Raises FileNotFoundError; FormatError for truncated or foreign files; ValueError for another model, another config (naming
+    the field), or an optimizer or scheduler that was not saved.
+    """
+    tensors, meta = storage.read_tensors(path, KIND)
+    storage.expect(path, meta, {key: lambda v: True for key in ("step", "config", "fingerprint", "groups", "plan")})
+    _check_same_run(adapter, path, meta)
+    for what, given in (("optimizer", optimizer), ("scheduler", scheduler)):
+        if given is not None and not meta.get(what):
+            raise ValueError(f"{path} was saved without the {what}; load it without, or save it with it")
+    if meta["plan"] is not None and adapter.plan is None:
+        adapter.apply(RankPlan.from_dict(meta["plan"]), optimizer)
+    expected = adapter_tensors(adapter)
+    for name, tensor in expected.items():
+        found = tensors.get(f"adapter.{name}")
+        if found is None or found.shape != tensor.shape:
+            shape = None if found is None else tuple(found.shape)
+            raise storage.FormatError(f"{path}: tensor {name!r} should have shape {tuple(tensor.shape)}, found {shape}")
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(tensors[f"adapter.{name}"])
+    for group, prior in zip(adapter.groups, tensors["prior"].tolist(), strict=True):
+        group.prior = prior
+    adapter.move_to_step(meta["step"])
+    if optimizer is not None:
+        optimizer.load_state_dict(_optimizer_state(tensors, meta["optimizer"]))
+    if scheduler is not None:
+        scheduler.load_state_dict(meta["scheduler"])
+    torch.set_rng_state(tensors["rng"])
+
+
+def _check_same_run(adapter: Adapter, path: Path | str, meta: dict) -> None:
+    if meta["fingerprint"] != adapter.base_fingerprint:
+        raise ValueError(
+            f"{path} is of another model: fingerprint {meta['fingerprint']}, this adapter's is {adapter.base_fingerprint}"
+        )
+    ours = {k: list(v) if isinstance(v, tuple) else v for k, v in adapter.config.to_dict().items()}
+    changed = [k for k in ours if meta["config"].get(k) != ours[k]]
+    if changed:
+        k = changed[0]
+        raise ValueError(f"{path} was trained with {k}={meta['config'].get(k)!r}, this adapter has {k}={ours[k]!r}")
+
+
+def _optimizer_state(tensors: dict[str, Tensor], meta: dict) -> dict:
+    state: dict[int, dict] = {int(index): dict(values) for index, values in meta["scalars"].items()}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            state.setdefault(int(index), {})[key] = tensor
+    return {"state": state, "param_groups": meta["param_groups"]}

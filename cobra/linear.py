@@ -1,0 +1,133 @@
+"""CobraLinear: a linear layer with a frozen weight and a gated low-rank branch, in the place of the layer it came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cobra.sites import is_conv1d, linear_weight
+from cobra_kernels import concrete_gates, gated_lora_linear
+
+
+class CobraLinear(nn.Linear):
+    """y = x Wᵀ + b + scaling ((dropout(x) Aᵀ) ∘ z) Bᵀ
+
+    Parameters keep the base layer's names (`weight`, `bias`: the same objects, Conv1D's weight as (K, N)), beside
+
+    lora_A: (r, K), lora_B: (N, r), lora_gate: (r,) gate logits, or None for gates that are all open
+
+    and two buffers that are no part of the state: `gate_noise` (r,) and `gate_temperature` (), which `Adapter.step` draws
+    anew. In training mode z is the concrete sample of (lora_gate, gate_noise, gate_temperature), or sigmoid(lora_gate)
+    where there is no noise; in evaluation mode z is sigmoid(lora_gate).
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, *, transposed: bool, scaling: float, dropout: float):
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a weight
+        self.weight, self.bias = weight, bias
+        self.transposed = transposed
+        self.out_features, self.in_features = self.linear_weight.shape
+        self.scaling, self.dropout = scaling, dropout
+        self.cut: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        rank: int,
+        *,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        gate_logit: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> CobraLinear:
+        """The adapted form of an nn.Linear or Conv1D; its output is the base layer's until lora_B moves from 0.
+
+        rank: gates, at most min(K, N)
+        gate_logit: initial logit of every gate; None for no gates
+        generator: of lora_A's initialisation, on the CPU
+        """
+        weight = linear_weight(linear)
+        N, K = weight.shape
+        if not 1 <= rank <= min(N, K):
+            raise ValueError(f"rank={rank} for a layer of {K} -> {N} features: expected 1 to {min(N, K)}")
+        layer = cls(linear.weight, linear.bias, transposed=is_conv1d(linear), scaling=scaling, dropout=dropout)
+        # half-precision bases train fp32 adapters; fp64 stays fp64
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        bound = 1 / math.sqrt(K)
+        lora_A = torch.empty(rank, K, dtype=dtype).uniform_(-bound, bound, generator=generator)
+        layer.lora_A = nn.Parameter(lora_A.to(weight.device))
+        layer.lora_B = nn.Parameter(torch.zeros(N, rank, dtype=dtype, device=weight.device))
+        layer.lora_gate = None
+        if gate_logit is not None:
+            layer.lora_gate = nn.Parameter(torch.full((rank,), gate_logit, dtype=dtype, device=weight.device))
+        layer._add_gate_buffers()
+        return layer
+
+    @classmethod
+    def sharing(cls, linear: nn.Module, other: CobraLinear) -> CobraLinear:
+        """The adapted form of a module that computes with the same weight as `other`: one adapter, two biases."""
+        layer = cls(linear.weight, linear.bias, transposed=is_conv1d(linear), scaling=other.scaling, dropout=other.dropout)
+        layer.lora_A, layer.lora_B, layer.lora_gate = other.lora_A, other.lora_B, other.lora_gate
+        layer._add_gate_buffers()
+        return layer
+
+    def _add_gate_buffers(self) -> None:
+        device = self.weight.device
+        self.register_buffer("gate_noise", None, persistent=False)
+        self.register_buffer("gate_temperature", torch.ones((), dtype=torch.float64, device=device), persistent=False)
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """lora_A, and lora_B with the scaling and the evaluation gates in it: ΔW = folded lora_B @ lora_A."""
+        factor = self.scaling if self.lora_gate is None else self.scaling * torch.sigmoid(self.lora_gate)
+        return self.lora_A.detach(), (self.lora_B * factor).detach()
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def linear_weight(self) -> Tensor:
+        """(N, K), a view for Conv1D."""
+        return self.weight.t() if self.transposed else self.weight
+
+    def gates(self) -> Tensor | None:
+        """z (r,) as this mode uses it; None where all gates are open."""
+        if self.lora_gate is None:
+            return None
+        if self.training and self.gate_noise is not None:
+            return concrete_gates(self.lora_gate, self.gate_noise, self.gate_temperature)
+        return torch.sigmoid(self.lora_gate)
+
+    def branch(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """lora_A, lora_B and z as this mode uses them."""
+        if self.cut is None:
+            return self.lora_A, self.lora_B, self.gates()
+        kept, factors = self.cut
+        return self.lora_A[kept], self.lora_B[:, kept] * factors, None
+
+    @contextmanager
+    def cut_to(self, kept: Tensor, factors: Tensor) -> Iterator[None]:
+        """Within the block only the kept ranks count, each times its factor; the gates do not."""
+        self.cut = kept, factors
+        try:
+            yield
+        finally:
+            self.cut = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> y (..., N)"""
+        lora_A, lora_B, z = self.branch()
+        if not (self.training and self.dropout):
+            return gated_lora_linear(x, self.linear_weight, lora_A, lora_B, z, scaling=self.scaling, bias=self.bias)
+        h = F.linear(F.dropout(x, self.dropout), lora_A.to(x.dtype))
+        h = h if z is None else h * z.to(h.dtype)
+        return F.linear(x, self.linear_weight, self.bias) + self.scaling * F.linear(h, lora_B.to(h.dtype))
+
+    def extra_repr(self) -> str:
+        gates = "open" if self.lora_gate is None else "gated"
+        return f"{self.in_features} -> {self.out_features}, rank {self.rank} ({gates}), scaling {self.scaling:g}"

@@ -1,0 +1,60 @@
+"""Cutting matrices and optimizer state to the kept ranks, in place: parameters stay the same objects."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cobra.linear import CobraLinear
+from cobra.plan import SitePlan
+
+
+def fold_factors(site: SitePlan, fold: str) -> Tensor:
+    """(rank,) fp64: what each kept rank is multiplied with from now on."""
+    if fold == "one":
+        return torch.ones(site.rank, dtype=torch.float64)
+    return torch.tensor([site.posterior[k] for k in site.kept], dtype=torch.float64)
+
+
+def shrink_layers(layers: list[CobraLinear], site: SitePlan, fold: str, optimizer: Optimizer | None) -> None:
+    """Cuts the layers of one weight to a plan's ranks; their gates go, folded into lora_B."""
+    first = layers[0]
+    kept = torch.tensor(site.kept, device=first.lora_A.device)
+    factors = fold_factors(site, fold).to(first.lora_B)
+    lora_A = _cut(first.lora_A, 0, kept, torch.ones_like(factors)[:, None], optimizer)
+    lora_B = _cut(first.lora_B, 1, kept, factors, optimizer)
+    for layer in layers:
+        layer.lora_A, layer.lora_B = lora_A, lora_B
+        layer.lora_gate = layer.gate_noise = None
+
+
+def forget(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Takes parameters out of an optimizer, with their state; groups left empty go too."""
+    gone = {id(p) for p in parameters}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    for p in parameters:
+        optimizer.state.pop(p, None)
+
+
+def _cut(p: nn.Parameter, dim: int, kept: Tensor, factors: Tensor, optimizer: Optimizer | None) -> nn.Parameter:
+    """The kept rows or columns times their factors, as a new parameter: graphs of earlier steps still know the old shape."""
+    new = nn.Parameter(p.detach().index_select(dim, kept) * factors)
+    if optimizer is None:
+        return new
+    for group in optimizer.param_groups:
+        group["params"] = [new if q is p else q for q in group["params"]]
+    state = optimizer.state.pop(p, None)
+    if state is not None:
+        optimizer.state[new] = {key: _cut_state(key, value, p.shape, dim, kept, factors) for key, value in state.items()}
+    return new
+
+
+def _cut_state(key: str, value: object, shape: torch.Size, dim: int, kept: Tensor, factors: Tensor) -> object:
+    if not isinstance(value, Tensor) or value.shape != shape:
+        return value
+    value = value.index_select(dim, kept)
+    # B' = c B has the gradient dL/dB / c: first moments scale by 1/c, second moments by 1/c²
+    return value / factors.square() if "sq" in key else value / factors
