@@ -1,4 +1,4 @@
-"""Where the path enters a model: the output of the input embeddings for token models, the input tensor itself for the others."""
+"""Where the path enters a model: the output of the input embeddings for token models, the input itself for the others."""
 
 from __future__ import annotations
 
