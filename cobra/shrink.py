@@ -30,11 +30,10 @@ def shrink_layers(layers: list[CobraLinear], site: SitePlan, fold: str, optimize
 
 
 def forget(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Takes parameters out of an optimizer, with their state; groups left empty go too."""
+    """Takes parameters out of an optimizer, with their state. Groups left empty stay: schedulers count them."""
     gone = {id(p) for p in parameters}
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in gone]
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     for p in parameters:
         optimizer.state.pop(p, None)
 

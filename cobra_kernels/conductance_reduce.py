@@ -6,7 +6,7 @@
 
 The matrix Q is the estimator: differences of neighbouring points give conductance (Dhamdhere et al. 2018, as captum computes
 it), w_i (h(1) - h(0)) gives COBRA Eq. (1), a spectral differentiation matrix gives the high-order rules. `cobra/path.py`
-builds them. Sums are fp32 (fp64 for fp64 inputs), also for half-precision tensors.
+builds them. Sums are fp32 (fp64 for fp64 inputs), also for half-precision tensors and under autocast.
 """
 
 import torch
@@ -38,6 +38,7 @@ def conductance_reduce(h: Tensor, grad: Tensor, q: Tensor) -> Tensor:
     if not rows:
         return h.new_zeros(h.shape[1], dtype=dtype)
     # differences first, products second: the small differences of near-equal points keep their digits
-    delta = q[rows].to(device=h.device, dtype=dtype) @ h.to(dtype).flatten(1)
-    delta = delta.view(len(rows), h.shape[1], -1)
-    return torch.einsum("ibk,ibk->b", delta, grad[rows].to(dtype).flatten(2))
+    with torch.autocast(h.device.type, enabled=False):
+        delta = q[rows].to(device=h.device, dtype=dtype) @ h.to(dtype).flatten(1)
+        delta = delta.view(len(rows), *h.shape[1:]).flatten(2)
+        return torch.einsum("ibk,ibk->b", delta, grad[rows].to(dtype).flatten(2))

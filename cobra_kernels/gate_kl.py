@@ -59,7 +59,9 @@ def gate_kl_sampled(logits: Tensor, prior_logits: Tensor, noise: Tensor) -> Tens
     out: (...)
     """
     _check_shapes(logits, prior_logits)
-    v = noise + (logits - prior_logits)
+    if noise.shape != logits.shape:
+        raise ValueError(f"noise {tuple(noise.shape)} and logits {tuple(logits.shape)} differ in shape")
+    v = noise + (logits - prior_logits.detach())
     return (v + 2 * softplus(-v)) - (noise + 2 * softplus(-noise))
 
 

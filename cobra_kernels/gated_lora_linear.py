@@ -112,6 +112,8 @@ def gated_lora_linear(
 
 
 def _check_shapes(x, weight, lora_A, lora_B, z, bias) -> None:
+    if weight.ndim != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K)")
     (N, K), r = weight.shape, lora_A.shape[0]
     expected = {"x": (x, (*x.shape[:-1], K)), "lora_A": (lora_A, (r, K)), "lora_B": (lora_B, (N, r))}
     if bias is not None:

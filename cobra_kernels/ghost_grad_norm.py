@@ -6,7 +6,7 @@
 
 The Gram form costs T² (K + N) products and T² memory, the direct form T K N and K N; the cheaper one is chosen by shape
 (`prefers_gram`). Either way one example's temporaries live at a time in a chunk of bounded size. Sums are fp32, or fp64 for
-fp64 inputs.
+fp64 inputs, under autocast too.
 """
 
 import torch
@@ -44,15 +44,17 @@ def ghost_grad_norm(x: Tensor, dy: Tensor) -> Tensor:
     N = dy.shape[2]
     gram = prefers_gram(T, K, N)
     chunk = max(1, CHUNK_ELEMENTS // max(1, T * T if gram else K * N))
-    norms = [
-        _gram(x[i : i + chunk], dy[i : i + chunk]) if gram else _direct(x[i : i + chunk], dy[i : i + chunk])
-        for i in range(0, B, chunk)
-    ]
+    with torch.autocast(x.device.type, enabled=False):
+        norms = [
+            _gram(x[i : i + chunk], dy[i : i + chunk]) if gram else _direct(x[i : i + chunk], dy[i : i + chunk])
+            for i in range(0, B, chunk)
+        ]
     return torch.cat(norms) if norms else x.new_zeros(0)
 
 
 def _gram(x: Tensor, dy: Tensor) -> Tensor:
-    return torch.einsum("bst,bst->b", x @ x.mT, dy @ dy.mT)
+    # where the tokens cancel, rounding can leave the sum below zero
+    return torch.einsum("bst,bst->b", x @ x.mT, dy @ dy.mT).clamp_min(0)
 
 
 def _direct(x: Tensor, dy: Tensor) -> Tensor:

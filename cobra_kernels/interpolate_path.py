@@ -3,6 +3,7 @@
     x_i = x0 + alpha_i (x - x0)          x, x0 (B, ...)   alphas (m,)   ->   (m B, ...), point-major
 
 Each point is computed as x + (1 - alpha_i) (x0 - x) where alpha_i > 1/2, so that alpha = 0 and 1 give x0 and x exactly.
+Points are computed in fp32 (fp64 for fp64 inputs) and rounded once: alphas in half precision would fall on a coarse grid.
 """
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 
 def interpolate_path_ref(x: Tensor, baseline: Tensor, alphas: Tensor) -> Tensor:
     """x (B, ...), baseline (B, ...) or broadcastable to it, alphas (m,) -> (m B, ...) in the dtype of x"""
-    a = alphas.to(device=x.device, dtype=x.dtype).reshape(-1, *[1] * x.ndim)
-    baseline = baseline.to(x.dtype).expand_as(x)
+    out_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x, baseline = x.to(dtype), baseline.to(dtype).expand_as(x)
+    a = alphas.to(device=x.device, dtype=dtype).reshape(-1, *[1] * x.ndim)
     points = torch.where(a > 0.5, x + (1 - a) * (baseline - x), baseline + a * (x - baseline))
-    return points.flatten(0, 1)
+    return points.to(out_dtype).flatten(0, 1)
 
 
 def interpolate_path(x: Tensor, baseline: Tensor, alphas: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     W' = round( W + s (B ∘ z) A )          W (N, K)   A (r, K)   B (N, r)   z (r,)
 
-The sum is fp32 (fp64 for fp64 weights) and is rounded once to the weight's dtype.
+The sum is fp32 (fp64 for fp64 weights) and is rounded once to the weight's dtype, under autocast too.
 """
 
 import torch
@@ -30,6 +30,9 @@ def merge_lora(weight: Tensor, lora_A: Tensor, lora_B: Tensor, z: Tensor | None 
         raise ValueError(
             f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not fit weight {tuple(weight.shape)}"
         )
+    if z is not None and z.shape != lora_A.shape[:1]:
+        raise ValueError(f"z {tuple(z.shape)} is not one gate for each of {lora_A.shape[0]} ranks; token gates do not merge")
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     gated_B = lora_B.to(dtype) * (scaling if z is None else scaling * z.to(dtype))
-    return torch.addmm(weight.to(dtype), gated_B, lora_A.to(dtype)).to(weight.dtype)
+    with torch.autocast(weight.device.type, enabled=False):
+        return torch.addmm(weight.to(dtype), gated_B, lora_A.to(dtype)).to(weight.dtype)

@@ -1,4 +1,4 @@
-"""Shared by all tests: quiet libraries, fixed seeds, two threads, and memory that is poisoned where a kernel leaves it unwritten."""
+"""Shared by all tests: quiet libraries, fixed seeds, and memory that is poisoned where a kernel leaves it unwritten."""
 
 import os
 

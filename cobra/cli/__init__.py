@@ -1,0 +1,16 @@
+"""The `cobra` command."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Entry point; says what to install where the command line's own libraries are missing."""
+    try:
+        from cobra.cli.app import app
+    except ModuleNotFoundError as error:
+        if error.name in {"typer", "rich"}:
+            sys.exit(f"the cobra command needs {error.name}: pip install 'cobra-peft[cli]'")
+        raise
+    app()

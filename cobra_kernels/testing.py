@@ -1,0 +1,80 @@
+"""What tests and benchmarks of the kernels share: operands, and the error budget that every fast path is held to."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Gates = Literal["rank", "token", "closed"]
+Layout = Literal["contiguous", "slices", "transposed"]
+
+
+def make_inputs(
+    rows: tuple[int, ...],
+    K: int,
+    N: int,
+    r: int,
+    *,
+    gates: Gates | None = "rank",
+    bias: bool = True,
+    layout: Layout = "contiguous",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Random operands of `gated_lora_linear` by name, scaled so that each term of y is of order 1.
+
+    rows: leading shape of x
+    gates: "rank" for z (r,), "token" for z (*rows, r), "closed" for z (r,) of zeros, None for no z
+    layout: "slices" cuts x, weight, lora_A and lora_B out of larger buffers of NaN, "transposed" gives views of
+        transposed buffers
+
+    The values depend on the seed and the shapes alone: another dtype or device gets the same ones, rounded.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, fan: int = 1) -> Tensor:
+        return (torch.randn(shape, generator=generator) / fan**0.5).to(device, dtype)
+
+    inputs = {
+        "x": normal(*rows, K),
+        "weight": normal(N, K, fan=K),
+        "lora_A": normal(r, K, fan=K),
+        "lora_B": normal(N, r, fan=r),
+    }
+    inputs = {name: _laid_out(tensor, layout) for name, tensor in inputs.items()}
+    if gates is not None:
+        z = torch.rand((*rows, r) if gates == "token" else (r,), generator=generator)
+        inputs["z"] = (z * (gates != "closed")).to(device, dtype)
+    if bias:
+        inputs["bias"] = normal(N)
+    return inputs
+
+
+def _laid_out(values: Tensor, layout: Layout) -> Tensor:
+    if layout == "transposed":
+        return values.mT.contiguous().mT if values.ndim > 1 else values
+    if layout == "slices":
+        buffer = values.new_full((*values.shape[:-1], values.shape[-1] + 5), float("nan"))
+        buffer[..., 2:-3] = values
+        return buffer[..., 2:-3]
+    return values
+
+
+def assert_within_budget(
+    fast: Tensor, ref: Tensor, oracle: Tensor, *, dtype: torch.dtype | None = None, name: str = "output"
+) -> None:
+    """Raises AssertionError unless error(fast) <= 2 error(ref) + eps(dtype) max|oracle|, errors being the largest of a tensor.
+
+    fast, ref: the fast path and plain torch, from the same inputs
+    oracle: plain torch in fp64, from the same inputs
+    dtype: of the arithmetic; the dtype of `fast` unless given
+    """
+    if not fast.shape == ref.shape == oracle.shape:
+        raise AssertionError(f"{name}: shapes {tuple(fast.shape)}, {tuple(ref.shape)} (ref), {tuple(oracle.shape)} (oracle)")
+    if oracle.numel() == 0:
+        return
+    error, ref_error = ((t.double() - oracle).abs().max().item() for t in (fast, ref))
+    allowed = 2 * ref_error + torch.finfo(dtype or fast.dtype).eps * oracle.abs().max().item()
+    if not error <= allowed:  # also where it is NaN
+        raise AssertionError(f"{name}: error {error:.3g} exceeds {allowed:.3g}; plain torch's error is {ref_error:.3g}")

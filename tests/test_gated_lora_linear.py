@@ -1,0 +1,215 @@
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from cobra_kernels import gated_lora_linear, gated_lora_linear_ref, sample_gates
+from cobra_kernels.testing import assert_within_budget, make_inputs
+
+SCALING = 1.7
+DTYPES = [torch.float32, torch.bfloat16]
+GATES = ["rank", "token", "closed", None]
+
+SHAPES = {  # rows, K, N, r
+    "one token": ((1, 1), 16, 24, 4),
+    "primes, which no tile divides": ((3, 13), 37, 29, 5),
+    "r not a power of two": ((2, 7), 24, 40, 12),
+    "r = 1": ((3, 5), 20, 12, 1),
+    "r far above K and N": ((2, 3), 16, 8, 1024),
+    "two-dimensional x": ((11,), 12, 18, 6),
+    "four-dimensional x": ((2, 2, 3), 12, 18, 6),
+    "no examples": ((0, 4), 12, 18, 6),
+    "no tokens": ((2, 0), 12, 18, 6),
+}
+MIDDLE = ((3, 5), 24, 40, 6)
+
+
+def output_and_gradients(function, inputs, dtype=None, scaling=SCALING):
+    """y and the gradient of every operand, from one output gradient that does not depend on the dtype."""
+    leaves = {name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in inputs.items()}
+    y = function(**leaves, scaling=scaling)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y.dtype)
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy)
+    return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def assert_all_within_budget(inputs, dtype):
+    fast = output_and_gradients(gated_lora_linear, inputs)
+    ref = output_and_gradients(gated_lora_linear_ref, inputs, dtype)
+    oracle = output_and_gradients(gated_lora_linear_ref, inputs, torch.float64)
+    for name, value in fast.items():
+        assert_within_budget(value, ref[name], oracle[name], dtype=dtype, name=name)
+    return fast
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_output_and_every_gradient_within_budget(shape, gates, dtype):
+    inputs = make_inputs(*shape, gates=gates, dtype=dtype)
+    fast = assert_all_within_budget(inputs, dtype)
+    assert all(fast[f"d{name}"].dtype == dtype and fast[f"d{name}"].shape == t.shape for name, t in inputs.items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gates", ["rank", "token"])
+@pytest.mark.parametrize("layout", ["slices", "transposed"])
+def test_strided_operands(layout, gates, dtype):
+    """Nothing assumes dense rows: slices have NaN around them, and a transposed weight is how Conv1D's weight arrives."""
+    inputs = make_inputs(*MIDDLE, gates=gates, layout=layout, dtype=dtype)
+    assert not any(inputs[name].is_contiguous() for name in ("x", "weight", "lora_A", "lora_B"))
+    assert_all_within_budget(inputs, dtype)
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_without_bias(gates):
+    assert_all_within_budget(make_inputs(*MIDDLE, gates=gates, bias=False), torch.float32)
+
+
+@pytest.mark.parametrize("expanded", [True, False], ids=["expanded", "transposed"])
+def test_strided_output_gradient(expanded):
+    """A sum's gradient is one number with strides 0; an attention layer's arrives transposed."""
+    inputs = {name: t.requires_grad_() for name, t in make_inputs(*MIDDLE, dtype=torch.float64).items()}
+    dy = torch.tensor(0.5, dtype=torch.float64).expand(3, 5, 40) if expanded else torch.randn(5, 3, 40).double().transpose(0, 1)
+    fast = torch.autograd.grad(gated_lora_linear(**inputs), list(inputs.values()), dy)
+    ref = torch.autograd.grad(gated_lora_linear_ref(**inputs), list(inputs.values()), dy)
+    torch.testing.assert_close(fast, ref, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gates", ["rank", "token"])
+def test_gradcheck(gates):
+    inputs = {name: t.requires_grad_() for name, t in make_inputs((2, 2), 3, 4, 2, gates=gates, dtype=torch.float64).items()}
+
+    def positional(*tensors):
+        return gated_lora_linear(**dict(zip(inputs, tensors, strict=True)), scaling=SCALING)
+
+    assert torch.autograd.gradcheck(positional, tuple(inputs.values()))
+
+
+def test_double_backward_is_refused():
+    """A gradient penalty through it would be silently wrong."""
+    inputs = {name: t.requires_grad_() for name, t in make_inputs(*MIDDLE).items()}
+    y = gated_lora_linear(**inputs)
+    (dx,) = torch.autograd.grad(y.square().sum(), inputs["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("silent", ["lora_B", "z"])
+@pytest.mark.parametrize("rows", [(7,), (3, 5)], ids=str)
+def test_silent_branch_is_the_base_layer_bit_for_bit(rows, silent, dtype):
+    """At step 0 lora_B is 0, and the first loss must be the base model's."""
+    inputs = make_inputs(rows, 24, 40, 6, dtype=dtype)
+    inputs[silent].zero_()
+    assert torch.equal(gated_lora_linear(**inputs), F.linear(inputs["x"], inputs["weight"], inputs["bias"]))
+
+
+@pytest.mark.parametrize("gates", ["rank", "token"])
+@pytest.mark.parametrize(
+    "required",
+    [{"x"}, {"lora_A"}, {"lora_B"}, {"z"}, {"weight"}, {"bias"}, {"lora_A", "lora_B"}, {"x", "lora_A", "lora_B", "z"}],
+    ids="-".join,
+)
+def test_any_subset_of_gradients(required, gates):
+    """What is frozen changes no gradient of what is not."""
+    inputs = make_inputs(*MIDDLE, gates=gates)
+    full = output_and_gradients(gated_lora_linear, inputs)
+    leaves = {name: t.detach().requires_grad_(name in required) for name, t in inputs.items()}
+    y = gated_lora_linear(**leaves, scaling=SCALING)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().float())
+    assert {name for name, t in leaves.items() if t.grad is not None} == required
+    for name in required:
+        torch.testing.assert_close(leaves[name].grad, full[f"d{name}"])
+
+
+@pytest.mark.parametrize("gates", ["rank", "token", None])
+def test_autocast(gates):
+    """Under autocast the product is bf16 and the gradients are the parameters' fp32, as with F.linear."""
+    inputs = make_inputs(*MIDDLE, gates=gates)
+
+    def autocast(**operands):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return gated_lora_linear(**operands)
+
+    fast = output_and_gradients(autocast, inputs)
+    assert fast.pop("y").dtype == torch.bfloat16
+    assert {g.dtype for g in fast.values()} == {torch.float32}
+    quantised = {name: t.bfloat16() for name, t in inputs.items()}
+    ref = output_and_gradients(gated_lora_linear_ref, quantised)
+    oracle = output_and_gradients(gated_lora_linear_ref, quantised, torch.float64)
+    for name, gradient in fast.items():
+        assert_within_budget(gradient, ref[name], oracle[name], dtype=torch.bfloat16, name=name)
+
+
+@pytest.mark.parametrize("gates", ["rank", "token"])
+def test_fp32_adapter_on_a_bf16_layer(gates):
+    """How half-precision bases are trained: y is the layer's dtype, each gradient its operand's."""
+    inputs = make_inputs(*MIDDLE, gates=gates, dtype=torch.bfloat16)
+    adapter = make_inputs(*MIDDLE, gates=gates)
+    inputs |= {name: adapter[name] for name in ("lora_A", "lora_B", "z")}
+    fast = assert_all_within_budget(inputs, torch.bfloat16)
+    assert fast["y"].dtype == torch.bfloat16
+    assert all(fast[f"d{name}"].dtype == t.dtype for name, t in inputs.items())
+
+
+@pytest.mark.parametrize("gates", ["rank", "token"])
+def test_compiles_without_a_graph_break(gates):
+    inputs = make_inputs(*MIDDLE, gates=gates)
+    compiled = torch.compile(gated_lora_linear, fullgraph=True, backend="aot_eager")
+    fast, eager = (output_and_gradients(function, inputs) for function in (compiled, gated_lora_linear))
+    torch.testing.assert_close(fast, eager)
+
+
+def test_checkpointing_gives_the_same_bits():
+    """Gates are a pure function, so the recomputed forward sees them again with the global RNG left alone."""
+    inputs = make_inputs(*MIDDLE)
+    logits = inputs.pop("z").log()
+
+    def layer(logits, **operands):
+        z = sample_gates(logits[None], seed=3, step=5, temperature=0.5)[0]
+        return gated_lora_linear(z=z, **operands)
+
+    def recomputed(**operands):
+        return checkpoint(layer, use_reentrant=False, preserve_rng_state=False, **operands)
+
+    inputs["logits"] = logits
+    plain, twice = (output_and_gradients(function, inputs) for function in (layer, recomputed))
+    assert all(torch.equal(plain[name], twice[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("x", (3, 5, 23)),
+        ("weight", (40,)),
+        ("lora_A", (6, 23)),
+        ("lora_A", (7, 24)),
+        ("lora_B", (39, 6)),
+        ("lora_B", (40, 7)),
+        ("z", (5,)),
+        ("z", ()),
+        ("z", (5, 6)),
+        ("z", (1, 1, 6)),
+        ("bias", (24,)),
+    ],
+    ids=str,
+)
+def test_wrong_shape_names_the_operand(name, shape):
+    """Also where broadcasting would have given an answer."""
+    inputs = make_inputs(*MIDDLE)
+    inputs[name] = torch.ones(shape)
+    blamed = "lora_B" if (name, shape) == ("lora_A", (7, 24)) else name  # A alone says what r is
+    with pytest.raises(ValueError, match=rf"^{blamed} has shape"):
+        gated_lora_linear(**inputs)
+
+
+@pytest.mark.parametrize("wrong", ["nan", "shape", "error"])
+def test_budget_refuses(wrong):
+    """The assertion that all of this rests on."""
+    oracle = torch.linspace(1, 2, 5, dtype=torch.float64)
+    ref = oracle + 1e-3
+    fast = {"nan": ref * float("nan"), "shape": ref[:4], "error": oracle + 2.1e-3}[wrong]
+    assert_within_budget((oracle - 1.9e-3).float(), ref, oracle)
+    with pytest.raises(AssertionError, match="output"):
+        assert_within_budget(fast.float(), ref, oracle)
