@@ -119,7 +119,7 @@ def _sweep(
         if direct:
             leaf = h.detach().requires_grad_()
             watch(index, leaf)
-            return leaf.view_as(leaf)
+            return leaf.clone()  # a model may write into it, which a leaf forbids
         if h.requires_grad:
             watch(index, h)
         return None

@@ -127,7 +127,7 @@ def _with_ends(alphas: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.
 def _differentiation(x: np.ndarray) -> np.ndarray:
     """D with (D f)_i the derivative at x_i of the polynomial through f (barycentric form)."""
     gaps = x[:, None] - x[None, :] + np.eye(len(x))
-    c = gaps.prod(1)
+    c = (4 * gaps).prod(1)  # only ratios count; 4 keeps the products of many gaps in range
     d = c[:, None] / (c[None, :] * gaps)
     np.fill_diagonal(d, 0)
     np.fill_diagonal(d, -d.sum(1))

@@ -62,7 +62,9 @@ class LayerScores:
 
     @property
     def correlation(self) -> float:
-        """Pearson correlation of conductance and gradient over groups."""
+        """Pearson correlation of conductance and gradient over groups; NaN for a single one."""
+        if len(self.sites) == 1:
+            return float("nan")
         return torch.corrcoef(torch.stack((self.conductance, self.gradient)))[0, 1].item()
 
     def save(self, path: Path | str) -> None:

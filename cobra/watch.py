@@ -35,7 +35,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def watching(sites: Sequence[Site], on_call: OnCall) -> Iterator[None]:
     """Calls on_call(site index, input, output) at every call of a site's module; what it returns replaces the output."""
     handles = [
-        module.register_forward_hook(lambda _, args, output, index=index: on_call(index, args[0], output))
+        module.register_forward_hook(
+            lambda _, args, kwargs, output, index=index: on_call(index, *args, *kwargs.values(), output), with_kwargs=True
+        )
         for index, site in enumerate(sites)
         for module in site.distinct_modules
     ]
@@ -50,7 +52,7 @@ class Snapshot:
     """A tensor held until its gradient arrives, without a copy, and checked to be still what it was."""
 
     def __init__(self, tensor: Tensor, what: str, copy: bool):
-        self._source = None if copy else tensor
+        self._source = None if copy else tensor.detach()  # shares the version counter; the tensor itself would be a cycle
         self._tensor = tensor.detach().clone() if copy else tensor.detach()
         self._version = tensor._version
         self._what = what

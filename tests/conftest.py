@@ -2,6 +2,8 @@
 
 import os
 
+# one thread a process: tests run side by side, and threads that wait for one another's cores cost more than they bring
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
 
 import pytest

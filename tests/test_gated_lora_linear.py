@@ -12,43 +12,49 @@ GATES = ["rank", "token", "closed", None]
 
 SHAPES = {  # rows, K, N, r
     "one token": ((1, 1), 16, 24, 4),
-    "primes, which no tile divides": ((3, 13), 37, 29, 5),
-    "r not a power of two": ((2, 7), 24, 40, 12),
-    "r = 1": ((3, 5), 20, 12, 1),
+    "primes, which no tile divides": ((2, 5), 13, 11, 7),
+    "r not a power of two": ((2, 5), 12, 16, 6),
+    "r = 1": ((3, 5), 12, 10, 1),
     "r far above K and N": ((2, 3), 16, 8, 1024),
-    "two-dimensional x": ((11,), 12, 18, 6),
-    "four-dimensional x": ((2, 2, 3), 12, 18, 6),
+    "two-dimensional x": ((11,), 12, 14, 6),
+    "four-dimensional x": ((2, 2, 3), 12, 14, 6),
     "no examples": ((0, 4), 12, 18, 6),
     "no tokens": ((2, 0), 12, 18, 6),
 }
-MIDDLE = ((3, 5), 24, 40, 6)
+MIDDLE = ((2, 5), 12, 16, 6)
 
 
 def output_and_gradients(function, inputs, dtype=None, scaling=SCALING):
     """y and the gradient of every operand, from one output gradient that does not depend on the dtype."""
     leaves = {name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in inputs.items()}
     y = function(**leaves, scaling=scaling)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y.dtype)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(99)).bfloat16().to(y.dtype)
     gradients = torch.autograd.grad(y, list(leaves.values()), dy)
     return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
 
 
-def assert_all_within_budget(inputs, dtype):
-    fast = output_and_gradients(gated_lora_linear, inputs)
-    ref = output_and_gradients(gated_lora_linear_ref, inputs, dtype)
-    oracle = output_and_gradients(gated_lora_linear_ref, inputs, torch.float64)
+def draws(*shape, **options):
+    return [make_inputs(*shape, seed=seed, **options) for seed in range(6)]
+
+
+def assert_all_within_budget(several, dtype):
+    """Holds output and gradients to the budget, over several draws of the operands."""
+
+    def results(function, dtype=None):
+        each = [output_and_gradients(function, inputs, dtype) for inputs in several]
+        return {name: [result[name] for result in each] for name in each[0]}
+
+    fast, ref = results(gated_lora_linear), results(gated_lora_linear_ref, dtype)
+    oracle = results(gated_lora_linear_ref, torch.float64)
     for name, value in fast.items():
         assert_within_budget(value, ref[name], oracle[name], dtype=dtype, name=name)
-    return fast
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_output_and_every_gradient_within_budget(shape, gates, dtype):
-    inputs = make_inputs(*shape, gates=gates, dtype=dtype)
-    fast = assert_all_within_budget(inputs, dtype)
-    assert all(fast[f"d{name}"].dtype == dtype and fast[f"d{name}"].shape == t.shape for name, t in inputs.items())
+    assert_all_within_budget(draws(*shape, gates=gates, dtype=dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -56,21 +62,21 @@ def test_output_and_every_gradient_within_budget(shape, gates, dtype):
 @pytest.mark.parametrize("layout", ["slices", "transposed"])
 def test_strided_operands(layout, gates, dtype):
     """Nothing assumes dense rows: slices have NaN around them, and a transposed weight is how Conv1D's weight arrives."""
-    inputs = make_inputs(*MIDDLE, gates=gates, layout=layout, dtype=dtype)
-    assert not any(inputs[name].is_contiguous() for name in ("x", "weight", "lora_A", "lora_B"))
-    assert_all_within_budget(inputs, dtype)
+    several = draws(*MIDDLE, gates=gates, layout=layout, dtype=dtype)
+    assert not any(several[0][name].is_contiguous() for name in ("x", "weight", "lora_A", "lora_B"))
+    assert_all_within_budget(several, dtype)
 
 
 @pytest.mark.parametrize("gates", GATES)
 def test_without_bias(gates):
-    assert_all_within_budget(make_inputs(*MIDDLE, gates=gates, bias=False), torch.float32)
+    assert_all_within_budget(draws(*MIDDLE, gates=gates, bias=False), torch.float32)
 
 
 @pytest.mark.parametrize("expanded", [True, False], ids=["expanded", "transposed"])
 def test_strided_output_gradient(expanded):
     """A sum's gradient is one number with strides 0; an attention layer's arrives transposed."""
     inputs = {name: t.requires_grad_() for name, t in make_inputs(*MIDDLE, dtype=torch.float64).items()}
-    dy = torch.tensor(0.5, dtype=torch.float64).expand(3, 5, 40) if expanded else torch.randn(5, 3, 40).double().transpose(0, 1)
+    dy = torch.tensor(0.5, dtype=torch.float64).expand(2, 5, 16) if expanded else torch.randn(5, 2, 16).double().transpose(0, 1)
     fast = torch.autograd.grad(gated_lora_linear(**inputs), list(inputs.values()), dy)
     ref = torch.autograd.grad(gated_lora_linear_ref(**inputs), list(inputs.values()), dy)
     torch.testing.assert_close(fast, ref, rtol=1e-12, atol=1e-12)
@@ -100,7 +106,7 @@ def test_double_backward_is_refused():
 @pytest.mark.parametrize("rows", [(7,), (3, 5)], ids=str)
 def test_silent_branch_is_the_base_layer_bit_for_bit(rows, silent, dtype):
     """At step 0 lora_B is 0, and the first loss must be the base model's."""
-    inputs = make_inputs(rows, 24, 40, 6, dtype=dtype)
+    inputs = make_inputs(rows, 12, 16, 6, dtype=dtype)
     inputs[silent].zero_()
     assert torch.equal(gated_lora_linear(**inputs), F.linear(inputs["x"], inputs["weight"], inputs["bias"]))
 
@@ -117,7 +123,7 @@ def test_any_subset_of_gradients(required, gates):
     full = output_and_gradients(gated_lora_linear, inputs)
     leaves = {name: t.detach().requires_grad_(name in required) for name, t in inputs.items()}
     y = gated_lora_linear(**leaves, scaling=SCALING)
-    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().float())
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(99)).bfloat16().float())
     assert {name for name, t in leaves.items() if t.grad is not None} == required
     for name in required:
         torch.testing.assert_close(leaves[name].grad, full[f"d{name}"])
@@ -148,7 +154,8 @@ def test_fp32_adapter_on_a_bf16_layer(gates):
     inputs = make_inputs(*MIDDLE, gates=gates, dtype=torch.bfloat16)
     adapter = make_inputs(*MIDDLE, gates=gates)
     inputs |= {name: adapter[name] for name in ("lora_A", "lora_B", "z")}
-    fast = assert_all_within_budget(inputs, torch.bfloat16)
+    assert_all_within_budget([inputs], torch.bfloat16)
+    fast = output_and_gradients(gated_lora_linear, inputs)
     assert fast["y"].dtype == torch.bfloat16
     assert all(fast[f"d{name}"].dtype == t.dtype for name, t in inputs.items())
 
@@ -181,17 +188,17 @@ def test_checkpointing_gives_the_same_bits():
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("x", (3, 5, 23)),
-        ("weight", (40,)),
-        ("lora_A", (6, 23)),
-        ("lora_A", (7, 24)),
-        ("lora_B", (39, 6)),
-        ("lora_B", (40, 7)),
+        ("x", (2, 5, 11)),
+        ("weight", (16,)),
+        ("lora_A", (6, 11)),
+        ("lora_A", (7, 12)),
+        ("lora_B", (15, 6)),
+        ("lora_B", (16, 7)),
         ("z", (5,)),
         ("z", ()),
         ("z", (5, 6)),
         ("z", (1, 1, 6)),
-        ("bias", (24,)),
+        ("bias", (12,)),
     ],
     ids=str,
 )
@@ -199,7 +206,7 @@ def test_wrong_shape_names_the_operand(name, shape):
     """Also where broadcasting would have given an answer."""
     inputs = make_inputs(*MIDDLE)
     inputs[name] = torch.ones(shape)
-    blamed = "lora_B" if (name, shape) == ("lora_A", (7, 24)) else name  # A alone says what r is
+    blamed = "lora_B" if (name, shape) == ("lora_A", (7, 12)) else name  # A alone says what r is
     with pytest.raises(ValueError, match=rf"^{blamed} has shape"):
         gated_lora_linear(**inputs)
 

@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from cobra.plan import RankPlan
 from cobra.scores import LayerScores
@@ -45,8 +46,11 @@ def factor_scatter(scores: LayerScores, path: Path | str | None = None) -> Figur
     phi, gamma = scores.conductance.numpy(), scores.gradient.numpy()
     points = axes.scatter(phi, gamma, c=np.arange(len(phi)), cmap="viridis", s=28)
     if (phi > 0).all() and (gamma > 0).all():
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        axes.set(xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
     disagreement = np.abs(np.argsort(np.argsort(phi)) - np.argsort(np.argsort(gamma)))
     for i in np.argsort(-disagreement, kind="stable")[:5]:
         axes.annotate(_short(scores.sites[i]), (phi[i], gamma[i]), fontsize=7, xytext=(4, 3), textcoords="offset points")
