@@ -20,13 +20,14 @@ OnEntry = Callable[[Tensor], None]
 class Entry:
     """The model's entry, and the baseline of the path there.
 
-    embedding: the input-embedding module, or None where the path runs through the input
-    key: of the input in the batch, where `embedding` is None
+    embeddings: the input-embedding module and those that share its weight (an encoder's and a decoder's); none where the path
+        runs through the input
+    key: of the input in the batch, where there are no `embeddings`
     baseline: "zero", "mean" (mean embedding of the vocabulary), "pad" (embedding of the padding token), or a tensor
         broadcastable to the entry (B, ...)
     """
 
-    embedding: nn.Module | None
+    embeddings: tuple[nn.Module, ...]
     key: str | int | None
     baseline: Baseline = "zero"
 
@@ -49,26 +50,27 @@ class Entry:
             on_entry(x)
             return x * 1  # a model may write into its input, which a leaf forbids
 
-        if self.embedding is None:
+        if not self.embeddings:
             values = dict(folded.values) if isinstance(folded.values, Mapping) else list(folded.values)
             values[self.key] = enter(values[self.key])
             yield Batch(values if isinstance(values, dict) else tuple(values), folded.size)
             return
-        handle = self.embedding.register_forward_hook(lambda module, args, output: enter(output))
+        handles = [module.register_forward_hook(lambda _, args, output: enter(output)) for module in self.embeddings]
         try:
             yield folded
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def _baseline_like(self, x: Tensor) -> Tensor:
         if isinstance(self.baseline, Tensor):
             return self.baseline.to(x)
         if self.baseline == "zero":
             return torch.zeros((), dtype=x.dtype, device=x.device)
-        weight = self.embedding.weight.detach()
+        weight = self.embeddings[0].weight.detach()
         if self.baseline == "mean":
             return weight.float().mean(0).to(x)
-        return weight[self.embedding.padding_idx].to(x)
+        return weight[self.embeddings[0].padding_idx].to(x)
 
 
 def find_entry(model: nn.Module, batch: Batch, baseline: Baseline = "zero") -> Entry:
@@ -90,7 +92,10 @@ def find_entry(model: nn.Module, batch: Batch, baseline: Baseline = "zero") -> E
         raise ValueError(f"baseline={baseline!r} is not a tensor or one of {', '.join(names)} for this model's input")
     if isinstance(baseline, str) and baseline == "pad" and getattr(embedding, "padding_idx", None) is None:
         raise ValueError("baseline='pad' needs input embeddings with a padding_idx; pass the embedding as a tensor instead")
-    return Entry(embedding, None if embedding is not None else key, baseline)
+    if embedding is None:
+        return Entry((), key, baseline)
+    sharing = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embedding and m.weight is embedding.weight]
+    return Entry((embedding, *sharing), None, baseline)
 
 
 def _main_input(model: nn.Module, batch: Batch) -> tuple[str | int, Tensor]:

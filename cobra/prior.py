@@ -45,7 +45,7 @@ def prior_logits(pi: Tensor, gamma: float, scale: str = "literal") -> Tensor:
     centred = pi.double() - pi.double().mean()
     if scale == "standardized":
         spread = centred.square().mean().sqrt()
-        centred = centred / spread if spread > 0 else centred
+        centred = centred / spread if spread > 1e-9 * pi.abs().max() else centred  # equal groups differ by rounding only
     return gamma * centred
 
 

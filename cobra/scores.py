@@ -13,6 +13,7 @@ from cobra import storage
 from cobra.prior import fuse
 
 KIND = "layer scores"
+_SETTINGS = ("estimator", "quadrature", "steps", "baseline", "granularity", "examples")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class LayerScores:
                 "members": lambda v: isinstance(v, list) and len(v) == len(meta["sites"]),
                 "completeness": lambda v: isinstance(v, dict) and v.keys() == {"path", "sites", "change"},
                 "unused": lambda v: isinstance(v, dict),
-                "settings": lambda v: isinstance(v, dict),
+                "settings": lambda v: isinstance(v, dict) and v.keys() >= {*_SETTINGS},
                 "fingerprint": lambda v: isinstance(v, str),
             },
         )

@@ -53,9 +53,9 @@ def ghost_grad_norm(x: Tensor, dy: Tensor) -> Tensor:
 
 
 def _gram(x: Tensor, dy: Tensor) -> Tensor:
-    # where the tokens cancel, rounding can leave the sum below zero
-    return torch.einsum("bst,bst->b", x @ x.mT, dy @ dy.mT).clamp_min(0)
+    # `sum` adds in pairs, which a dot product does not; where tokens cancel, rounding can leave it below zero
+    return (x @ x.mT).mul_(dy @ dy.mT).sum((1, 2)).clamp_min_(0)
 
 
 def _direct(x: Tensor, dy: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(dy.mT @ x, dim=(1, 2)).square()
+    return (dy.mT @ x).square_().sum((1, 2))

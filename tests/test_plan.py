@@ -20,6 +20,8 @@ PLAN = RankPlan(
     "0123456789abcdef",
 )
 
+FIRST = PLAN.to_dict()["sites"][0]
+
 groups_of_scores = st.lists(st.lists(st.integers(-2, 2).map(float), min_size=1, max_size=6), min_size=1, max_size=6)
 
 
@@ -94,7 +96,7 @@ def test_table_shows_how_close_the_cut_was():
 
 def test_extracted_plan_describes_the_adapter():
     model = vit()
-    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=12, r_max=3, gate="mean", granularity="block"))
+    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=5, r_max=3, gate="mean", granularity="block"))
     plan = adapter.extract()
     assert [site.members for site in plan.sites] == [tuple(s.name for s in group.sites) for group in adapter.groups]
     assert plan.parameters == sum(
@@ -122,8 +124,9 @@ def written(**changes) -> str:
         (written(version=2), "version 2"),
         (written(sites=None), "not a complete rank plan"),
         (written(sites=[{"name": "q"}]), "not a complete rank plan: KeyError\\('members'\\)"),
-        (written(sites=[{**PLAN.to_dict()["sites"][0], "kept": [0, 3]}]), r"block.0 keeps ranks \(0, 3\) of 3 gates"),
-        (written(sites=[{**PLAN.to_dict()["sites"][0], "kept": [1, 1]}]), r"block.0 keeps ranks \(1, 1\) of 3 gates"),
+        (written(sites=[FIRST | {"kept": [0, 3]}]), r"block.0 keeps ranks \(0, 3\) of 3 gates"),
+        (written(sites=[FIRST | {"kept": [1, 1]}]), r"block.0 keeps ranks \(1, 1\) of 3 gates"),
+        (written(fold="max"), "fold='max' is not one of 'one', 'mean'"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, content, message):

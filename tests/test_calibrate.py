@@ -1,0 +1,435 @@
+"""The public calibration: what it returns, keeps on disk and leaves out, and what it says of bad input."""
+
+import json
+import os
+import re
+from functools import partial
+
+import pytest
+import torch
+from models import Mlp, minilm, mlp_batch, review_batch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+
+import cobra
+from cobra import FormatError, LayerScores, storage
+from cobra.scores import KIND
+from cobra.sites import find_sites, fingerprint
+
+pytestmark = pytest.mark.filterwarnings("ignore:the path integral misses")
+
+calibrate = partial(cobra.calibrate, steps=3, progress=False)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return minilm()
+
+
+@pytest.fixture(scope="module")
+def site_scores(model):
+    return calibrate(model, [review_batch()])
+
+
+class Tokens(nn.Module):
+    """A language model of three layers; takes (ids, labels) pairs."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.up, self.lm_head = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11)
+
+    def forward(self, ids):
+        h = self.embedding(ids)
+        return self.lm_head(h + torch.tanh(self.up(h)))
+
+
+def token_batch(labelled: list[bool]):
+    """Labels at every second token, or nowhere."""
+    ids = torch.randint(11, (len(labelled), 5))
+    labels = ids.clone()
+    labels[:, ::2] = -100
+    labels[~torch.tensor(labelled)] = -100
+    return ids, labels
+
+
+def assert_equal(found: LayerScores, expected: LayerScores) -> None:
+    for name in ("conductance", "gradient", "attributions"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
+    assert found.sites == expected.sites and found.settings == expected.settings
+
+
+# what it returns
+
+
+def test_scores_describe_themselves(model, site_scores):
+    """Every documented field, from the shapes to the definitions of phi, F(x) - F(x0) and the fingerprint."""
+    scores, batch = site_scores, review_batch()
+    assert scores.sites == tuple(site.name for site in find_sites(model))
+    assert scores.members == tuple((name,) for name in scores.sites)
+    assert scores.attributions.shape == (4, 37)
+    assert scores.attributions.dtype == scores.conductance.dtype == scores.gradient.dtype == torch.float32
+    torch.testing.assert_close(scores.conductance, scores.attributions.abs().mean(0))
+    assert scores.conductance.min() > 0 and scores.gradient.min() > 0
+    torch.testing.assert_close(
+        scores.prior, scores.conductance.double() * scores.gradient / (scores.conductance @ scores.gradient)
+    )
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    with torch.no_grad():
+        x, x0 = (model(inputs_embeds=e, attention_mask=batch["attention_mask"]).logits for e in (embeds, 0 * embeds))
+    change = (x - x0).gather(1, batch["labels"][:, None]).abs().mean().item()
+    assert scores.completeness.change == pytest.approx(change, rel=1e-3)
+    assert scores.unused == {} and scores.fingerprint == fingerprint(find_sites(model))
+    assert scores.settings == {
+        "estimator": "paper",
+        "quadrature": "midpoint",
+        "steps": 3,
+        "baseline": "zero",
+        "granularity": "site",
+        "examples": 4,
+    }
+
+
+def test_examples_are_pooled_not_batches():
+    """However they are batched: attributions are stacked, phi is their mean size, Gamma the root of the mean square."""
+    model, (x, y) = Mlp(), mlp_batch(examples=7)
+    whole = calibrate(model, [(x, y)])
+    assert_equal(calibrate(model, [(x[:3], y[:3]), (x[3:3], y[3:3]), (x[3:], y[3:])]), whole)
+    alone = torch.stack([calibrate(model, [(x[i : i + 1], y[i : i + 1])]).gradient for i in range(7)])
+    torch.testing.assert_close(whole.gradient, alone.square().mean(0).sqrt())
+
+
+def test_blocks_pool_their_layers(model, site_scores):
+    """A block's attribution is the sum over its layers, and its gradient the norm of all of them together."""
+    blocks = calibrate(model, [review_batch()], granularity="block")
+    assert blocks.sites == (*(f"bert.encoder.layer.{i}" for i in range(6)), "bert.pooler.dense")
+    assert [len(members) for members in blocks.members] == [6] * 6 + [1]
+    for g, members in enumerate(blocks.members):
+        rows = [site_scores.sites.index(member) for member in members]
+        torch.testing.assert_close(blocks.attributions[:, g], site_scores.attributions[:, rows].sum(1), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(blocks.gradient[g], site_scores.gradient[rows].square().sum().sqrt())
+
+
+@pytest.mark.parametrize("max_examples", [1, 4, 6, 7, 100])
+def test_max_examples_cuts_inside_a_batch(max_examples):
+    """The first of the loader count, exactly, and the loader is asked for no batch that is not needed."""
+    model, (x, y) = Mlp(), mlp_batch(examples=9)
+    asked = []
+
+    def loader():
+        for start in (0, 3, 6):
+            asked.append(start)
+            yield x[start : start + 3], y[start : start + 3]
+
+    found = calibrate(model, loader(), max_examples=max_examples)
+    kept = min(9, max_examples)
+    assert_equal(found, calibrate(model, [(x[:kept], y[:kept])]))
+    assert asked == [0, 3, 6][: -(-kept // 3)]
+
+
+def test_masked_examples_do_not_count():
+    """Examples without a gold token have nothing to attribute: they dilute no mean and use up no max_examples."""
+    model, mixed, masked = Tokens(), token_batch([True, False, True, False]), token_batch([False, False])
+    ids, labels = mixed
+    expected = calibrate(model, [(ids[[0, 2]], labels[[0, 2]])])
+    assert expected.settings["examples"] == 2
+    assert_equal(calibrate(model, [masked, mixed]), expected)
+    assert_equal(calibrate(model, [masked, mixed, masked], max_examples=3), expected)
+
+
+@pytest.mark.xfail(strict=True, reason="a batch is cut to as many rows as examples are missing, whether or not they count")
+def test_masked_examples_do_not_count_inside_the_last_batch():
+    """Two of these four rows count, and two are asked for."""
+    scores = calibrate(Tokens(), [token_batch([True, False, True, False])], max_examples=2)
+    assert scores.settings["examples"] == 2
+
+
+def test_masked_first_batch_of_a_model_with_its_own_loss(model, site_scores):
+    """transformers' mean loss over no labels is NaN, which says nothing against the default loss."""
+    masked = review_batch() | {"labels": torch.full((4,), -100)}
+    assert_equal(calibrate(model, [masked, review_batch()]), site_scores)
+
+
+class Partial(nn.Module):
+    """Beside two used layers: one that is never called, and one whose output reaches no result."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.mid, self.classifier = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.never, self.nowhere = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        h = torch.tanh(self.up(x))
+        self.nowhere(h)
+        return self.classifier(torch.tanh(self.mid(h)))
+
+
+@pytest.mark.parametrize("estimator", ["paper", "conductance", "direct"])
+def test_unused_layers_are_reported_not_scored(estimator):
+    """A score of 0 would read as "contributes little"; these have none, and a warning says so."""
+    with pytest.warns(UserWarning, match="2 layers have no score and get no rank: never .never called., nowhere"):
+        scores = calibrate(Partial(), [mlp_batch()], estimator=estimator)
+    assert scores.sites == ("up", "mid")
+    assert scores.unused == {"never": "never called", "nowhere": "its output reaches no result"}
+
+
+def test_no_layer_used_is_an_error():
+    with pytest.raises(ValueError, match=r"none of the 2 layers was used.*never \(never called\)"):
+        calibrate(Partial(), [mlp_batch()], target_modules=("never", "nowhere"))
+
+
+def test_target_and_loss_get_the_loaders_batch():
+    """Custom functions see outputs and the batch as the loader gave it, and decide what is scored."""
+    model, batch = Mlp(), mlp_batch()
+
+    def target(outputs, pair):
+        return outputs.gather(1, pair[1][:, None])[:, 0]
+
+    def loss(outputs, pair):
+        return F.cross_entropy(outputs, pair[1], reduction="none")
+
+    default = calibrate(model, [batch])
+    assert_equal(calibrate(model, [batch], target=target, loss=loss), default)
+    doubled = calibrate(model, [batch], target=lambda *a: 2 * target(*a), loss=lambda *a: 3 * loss(*a))
+    torch.testing.assert_close(doubled.attributions, 2 * default.attributions)
+    torch.testing.assert_close(doubled.gradient, 3 * default.gradient)
+
+
+class OwnLoss(Mlp):
+    """A model that returns a loss, smoothed or plain, as transformers' models do."""
+
+    def __init__(self, smoothing: float):
+        super().__init__()
+        self.smoothing = smoothing
+
+    def forward(self, x, labels):
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        logits = super().forward(x)
+        return SequenceClassifierOutput(F.cross_entropy(logits, labels, label_smoothing=self.smoothing), logits)
+
+
+def test_default_loss_is_checked_against_the_models():
+    """A model trained on another loss than the default is noticed; naming the loss settles it."""
+    x, labels = mlp_batch()
+    loader = [{"x": 5 * x, "labels": labels}]
+    calibrate(OwnLoss(0.0), loader)
+    model = OwnLoss(0.5)
+    with pytest.raises(ValueError, match=r"default per-example loss averages .*, the model's own loss is .*; pass loss="):
+        calibrate(model, loader)
+    calibrate(model, loader, loss=lambda outputs, batch: F.cross_entropy(outputs.logits, batch["labels"], reduction="none"))
+
+
+def test_poor_quadrature_is_reported():
+    """A path that three points cannot follow gives numbers all the same; the warning is what tells."""
+    model, (x, y) = Mlp(), mlp_batch()
+    with pytest.warns(UserWarning, match=r"the path integral misses \d+% of F\(x\) - F\(x0\)"):
+        scores = calibrate(model, [(100 * x, y)])
+    assert scores.completeness.path > 0.05
+
+
+@pytest.mark.parametrize("baseline", ["zero", "mean", "pad", "tensor"])
+def test_baselines_end_the_path_where_they_say(model, baseline):
+    """The change is F(x) - F(x0), with x0 the named embedding at every token."""
+    batch = review_batch()
+    embedding = model.get_input_embeddings()
+    weight = embedding.weight.detach()
+    x0 = {"zero": 0 * weight[0], "mean": weight.mean(0), "pad": weight[embedding.padding_idx], "tensor": weight[1000]}[baseline]
+    x = embedding(batch["input_ids"])
+    with torch.no_grad():
+        logits = [model(inputs_embeds=e, attention_mask=batch["attention_mask"]).logits for e in (x, x0.expand_as(x))]
+    change = (logits[0] - logits[1]).gather(1, batch["labels"][:, None]).abs().mean().item()
+    scores = calibrate(model, [batch], steps=1, baseline=x0 if baseline == "tensor" else baseline)
+    assert scores.completeness.change == pytest.approx(change, rel=1e-3)
+    assert scores.settings["baseline"] == baseline
+
+
+# files
+
+
+@pytest.fixture
+def scores() -> LayerScores:
+    with pytest.warns(UserWarning, match="no score"):
+        return calibrate(Partial(), [mlp_batch()])
+
+
+@pytest.fixture
+def file(scores, tmp_path):
+    path = tmp_path / "scores.safetensors"
+    scores.save(path)
+    return path
+
+
+def test_round_trip(scores, tmp_path):
+    """Every field comes back equal, from a folder that save made."""
+    path = tmp_path / "new" / "scores.safetensors"
+    scores.save(str(path))
+    found = LayerScores.load(path)
+    for name in ("conductance", "gradient", "attributions"):
+        assert torch.equal(getattr(found, name), getattr(scores, name))
+    for name in ("sites", "members", "completeness", "unused", "settings", "fingerprint"):
+        assert getattr(found, name) == getattr(scores, name), name
+    assert repr(found) == repr(scores)
+
+
+def test_dataframe(scores):
+    """One row a layer, best read sorted by prior."""
+    frame = scores.to_dataframe()
+    assert list(frame.columns) == ["site", "conductance", "gradient", "prior"]
+    assert frame["site"].tolist() == ["up", "mid"]
+    assert frame["prior"].sum() == pytest.approx(1)
+    assert frame["gradient"].tolist() == scores.gradient.tolist()
+
+
+def test_repr(site_scores):
+    text = r"LayerScores\(37 sites, paper over 3 midpoint points, 4 examples, correlation -?\d\.\d\d, path residual [\d.]+%\)"
+    assert re.fullmatch(text, repr(site_scores))
+
+
+@pytest.mark.filterwarnings("error")
+def test_repr_of_a_single_group():
+    """One group has no correlation; printing it is no reason to warn."""
+    assert "correlation nan" in repr(calibrate(Mlp(), [mlp_batch()], target_modules=("up",)))
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, -100, -1])
+def test_truncated_file(file, length):
+    """A copy that broke off at any length is refused by name, not read half."""
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(FormatError, match=r"scores\.safetensors: expected a COBRA layer scores .*truncated or foreign"):
+        LayerScores.load(file)
+
+
+def rewrite(file, tensors=None, kind=KIND, **meta):
+    """The file with some of its content replaced; a field given as None is gone."""
+    old_tensors, old_meta = storage.read_tensors(file, KIND)
+    meta = {k: v for k, v in {**old_meta, **meta}.items() if k != "kind" and v is not None}
+    storage.write_tensors(file, {**old_tensors, **(tensors or {})}, kind, meta)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: save_file({"weight": torch.ones(2)}, f), "found a file of another program"),
+        (lambda f: f.write_text(json.dumps({"kind": KIND, "version": 1})), "truncated or foreign file"),
+        (lambda f: f.write_bytes(b"PK\x03\x04" + bytes(200)), "truncated or foreign file"),
+        (lambda f: rewrite(f, kind="checkpoint"), "expected a COBRA layer scores, found checkpoint"),
+        (lambda f: rewrite(f, version=2), "version 2 of a COBRA layer scores; this release reads version 1"),
+        (lambda f: rewrite(f, fingerprint=None), "field 'fingerprint' is missing"),
+        (lambda f: rewrite(f, members=[["up"]]), "field 'members' has an unexpected value"),
+        (lambda f: rewrite(f, settings={"steps": 3}), "field 'settings' has an unexpected value"),
+        (lambda f: rewrite(f, {"gradient": torch.ones(5)}), r"tensor 'gradient' should have shape \(2,\), found \(5,\)"),
+        (lambda f: rewrite(f, {"attributions": torch.ones(2)}), "tensor 'attributions' should have shape"),
+    ],
+    ids=["safetensors", "json", "zip", "kind", "version", "field", "members", "settings", "shape", "dimensions"],
+)
+def test_foreign_file(file, spoil, message):
+    """The message names the file, what it should be, and what it is."""
+    spoil(file)
+    with pytest.raises(FormatError, match=rf"scores\.safetensors: .*{message}"):
+        LayerScores.load(file)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors: no such file; expected a COBRA layer scores"):
+        LayerScores.load(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk-full", "killed"])
+def test_broken_write_leaves_the_old_file(scores, file, monkeypatch, call, error):
+    """A save that ends in the middle leaves the file before it whole, and nothing beside it."""
+    before = file.read_bytes()
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(type(error)):
+        calibrate(Mlp(), [mlp_batch()]).save(file)
+    assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]
+    assert LayerScores.load(file).sites == scores.sites
+
+
+# bad input
+
+
+def nan_input():
+    x, y = mlp_batch()
+    x[2, 0] = float("nan")
+    return x, y
+
+
+X, Y = torch.zeros(2, 6), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        ([], ValueError, "the calibration loader is empty: it yielded no batch"),
+        ([(X[:0], Y[:0])], ValueError, "the calibration loader is empty"),
+        ([(X, Y - 100 - Y)] * 3, ValueError, r"all labels of the 3 calibration batches are masked \(-100\)"),
+        ([mlp_batch(), nan_input()], ValueError, "the loss of example 2 in calibration batch 1 is nan: check its inputs"),
+        ([(X, None)], ValueError, "the batch has no tensor 'labels'; add them, or pass target= and loss="),
+        ([X], TypeError, r"batch 0 is Tensor; expected a mapping of tensors or an \(inputs, labels\) pair"),
+        ([(X, Y), "text"], TypeError, "batch 1 is str; expected a mapping"),
+        ([(X, Y, Y)], TypeError, "batch 0 is tuple; expected a mapping"),
+        ([{"texts": ["fine", "dull"]}], ValueError, "batch 0 holds no tensors with a batch dimension"),
+        ([{"a": X, "b": X, "labels": Y}], ValueError, r"cannot tell the model's input among \['a', 'b', 'labels'\]"),
+        ([(X.long(), Y)], ValueError, "input 0 is torch.int64 and Mlp has no input embeddings .* needs a floating-point input"),
+    ],
+    ids=[
+        "empty",
+        "empty-batches",
+        "all-masked",
+        "nan",
+        "no-labels",
+        "tensor",
+        "string",
+        "triple",
+        "texts",
+        "two-inputs",
+        "integers",
+    ],
+)
+def test_bad_loader(loader, error, message):
+    """The message says which batch, which example, what was found and what was expected."""
+    with pytest.raises(error, match=message):
+        calibrate(Mlp(), loader)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "captum"}, "estimator='captum' is not one of paper, conductance, direct"),
+        ({"quadrature": "simpson"}, "quadrature='simpson' is not one of midpoint, gausslegendre, trapezoid, lobatto"),
+        ({"granularity": "layer"}, "granularity='layer' is not one of site, block"),
+        ({"steps": 0}, "steps=0: midpoint needs an integer of at least 1"),
+        ({"max_examples": 0}, "max_examples=0: expected at least 1"),
+        ({"baseline": "mean"}, "baseline='mean' is not a tensor or one of zero for this model's input"),
+        ({"target_modules": ("upp",)}, r"'upp' \(did you mean 'up'"),
+        ({"target": lambda o, b: o}, r"target must return one value per example, shape \(10,\); it returned \(10, 3\)"),
+        ({"target": lambda o, b: o.sum()}, r"target must return one value per example, shape \(10,\); it returned \(\)"),
+        ({"target": lambda o, b: 1.0}, r"target must return one value per example, shape \(10,\); it returned float"),
+        ({"loss": lambda o, b: o.sum()}, r"loss must return one value per example, shape \(5,\); it returned \(\)"),
+        ({"loss": lambda o, b: None}, r"loss must return one value per example, shape \(5,\); it returned NoneType"),
+        ({"loss": lambda o, b: o.sum(1) / 0}, "the loss of example 0 in calibration batch 0 is -?inf"),
+        ({"target": lambda o, b: torch.zeros(len(o))}, "the target does not depend on the model's input"),
+        ({"target": lambda o, b: (o - o).sum(1).sqrt()}, "the conductance of .* is not finite; calibrate in fp32"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(Mlp(), [mlp_batch()], **options)
+
+
+def test_sequence_first_layers_are_refused():
+    """A layer that sees (tokens, batch, features) would mix the examples up."""
+
+    class SequenceFirst(Mlp):
+        def forward(self, x):
+            return self.classifier(torch.tanh(self.up(x.transpose(0, 1))).mean(0))
+
+    with pytest.raises(ValueError, match=r"up sees a tensor of shape \(7, 5, 6\) in a batch of 5: its first dimension must be"):
+        calibrate(SequenceFirst(), [mlp_batch(tokens=7)])

@@ -1,0 +1,272 @@
+"""Resuming: the same bits as a run that was never interrupted, or a clear refusal."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from models import Mlp, gpt2, image_batch, logits_of, stir, token_batch, train, vit
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import cobra
+
+SEARCH, TOTAL = 4, 8
+CONFIG = {"rank_budget": 5, "r_max": 3, "total_steps": SEARCH, "dropout": 0.1, "gate_lr_scale": 50.0, "beta": 0.1}
+
+
+@dataclass
+class Run:
+    """Everything a training script holds: search, cut, fine-tuning, under a schedule and in training mode (dropout)."""
+
+    model: nn.Module
+    adapter: cobra.Adapter
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    batch: dict[str, torch.Tensor]
+
+    @classmethod
+    def start(cls, build, **changes) -> "Run":
+        model = build().train()
+        adapter = cobra.attach(model, cobra.CobraConfig(**CONFIG | changes))
+        optimizer = torch.optim.AdamW(adapter.parameter_groups(lr=1e-2, weight_decay=0.01))
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=TOTAL + 1)
+        return cls(model, adapter, optimizer, scheduler, image_batch() if build is vit else token_batch())
+
+    def advance(self, start: int, stop: int) -> None:
+        for step in range(start, stop):
+            if step == SEARCH:
+                self.adapter.apply(self.adapter.extract(), self.optimizer)
+            batch = {key: value.roll(step, 0) for key, value in self.batch.items()}
+            train(self.model, self.adapter, self.optimizer, [batch], self.scheduler)
+
+    def save(self, path: Path) -> None:
+        self.adapter.save_checkpoint(path, self.optimizer, self.scheduler)
+
+    def load(self, path: Path) -> None:
+        self.adapter.load_checkpoint(path, self.optimizer, self.scheduler)
+
+    def state(self) -> dict:
+        return {
+            "adapter": self.adapter.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "plan": self.adapter.plan,
+            "step": self.adapter.current_step,
+            "random": torch.get_rng_state(),
+        }
+
+
+def copied(adapter) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in adapter.state_dict().items()}
+
+
+def assert_same_bits(found, expected):
+    assert type(found) is type(expected)
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert_same_bits(found[key], expected[key])
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected)
+        for pair in zip(found, expected, strict=True):
+            assert_same_bits(*pair)
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("saved_at", [1, SEARCH, SEARCH + 2], ids=["search", "before the cut", "after the cut"])
+@pytest.mark.parametrize("build", [gpt2, vit])
+def test_resumed_run_ends_with_the_same_bits(build, saved_at, tmp_path):
+    """Parameters, gates, moments, schedule and dropout: nothing tells a resumed run from one that went through."""
+    straight = Run.start(build)
+    straight.advance(0, saved_at)
+    straight.save(tmp_path / "run.cobra")
+    straight.advance(saved_at, TOTAL)
+    expected = straight.state()
+
+    resumed = Run.start(build)
+    stir(resumed.adapter)
+    torch.manual_seed(1234)
+    resumed.load(tmp_path / "run.cobra")
+    resumed.advance(saved_at, TOTAL)
+    assert_same_bits(resumed.state(), expected)
+    batch = straight.batch
+    assert torch.equal(logits_of(resumed.model.eval(), batch), logits_of(straight.model.eval(), batch))
+
+
+def test_gates_follow_the_step(tmp_path):
+    """No noise is stored, and none is needed: the step gives it back."""
+    run, fresh = Run.start(gpt2), Run.start(gpt2)
+    run.advance(0, 2)
+    run.save(tmp_path / "run.cobra")
+    before = [group.layers[0][0].gates() for group in run.adapter.groups]
+    fresh.load(tmp_path / "run.cobra")
+    assert all(torch.equal(g.layers[0][0].gates(), z) for g, z in zip(fresh.adapter.groups, before, strict=True))
+    assert not any("noise" in key for key in load_file(tmp_path / "run.cobra"))
+
+
+def test_priors_come_from_the_file(tmp_path):
+    """A resumed run needs no second calibration: the KL is measured from the prior it started with."""
+    batch = image_batch()
+    with pytest.warns(UserWarning, match="the path integral misses"):
+        scores = cobra.calibrate(vit(), [batch], steps=2)
+    config = cobra.CobraConfig(rank_budget=4, r_max=2, gate="mean")
+    first, second = cobra.attach(vit(), config, scores), cobra.attach(vit(), config)
+    stir(first)
+    first.save_checkpoint(tmp_path / "run.cobra")
+    second.load_checkpoint(tmp_path / "run.cobra")
+    assert second.kl_loss().item() == first.kl_loss().item() > 0
+
+
+def test_optimizer_made_after_the_cut(tmp_path):
+    """It has no group for the gates, the one it is loaded into still has."""
+    run, fresh = Run.start(vit), Run.start(vit)
+    run.advance(0, SEARCH)
+    run.adapter.apply(run.adapter.extract())
+    run.optimizer = torch.optim.AdamW(run.adapter.parameter_groups(lr=1e-3))
+    train(run.model, run.adapter, run.optimizer, [run.batch])
+    run.adapter.save_checkpoint(tmp_path / "run.cobra", run.optimizer)
+    fresh.adapter.load_checkpoint(tmp_path / "run.cobra", fresh.optimizer)
+    for each in (run, fresh):
+        torch.manual_seed(0)
+        train(each.model, each.adapter, each.optimizer, [run.batch])
+    assert_same_bits(fresh.adapter.state_dict(), run.adapter.state_dict())
+
+
+def test_without_an_optimizer(tmp_path):
+    """A checkpoint serves evaluation too; an optimizer that was not saved cannot be loaded."""
+    run, fresh = Run.start(vit), Run.start(vit)
+    run.advance(0, SEARCH + 1)
+    run.adapter.save_checkpoint(tmp_path / "run.cobra")
+    with pytest.raises(ValueError, match=r"run\.cobra was saved without the optimizer"):
+        fresh.adapter.load_checkpoint(tmp_path / "run.cobra", fresh.optimizer)
+    with pytest.raises(ValueError, match="saved without the scheduler"):
+        fresh.adapter.load_checkpoint(tmp_path / "run.cobra", scheduler=fresh.scheduler)
+    fresh.adapter.load_checkpoint(tmp_path / "run.cobra")
+    assert torch.equal(logits_of(fresh.model.eval(), run.batch), logits_of(run.model.eval(), run.batch))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("beta", 0.5),
+        ("seed", 1),
+        ("r_max", 2),
+        ("rank_budget", 6),
+        ("temperature", (1.0, 0.5)),
+        ("target_modules", r".*mlp.*"),
+        ("granularity", "block"),
+    ],
+)
+def test_another_config_is_named(field, value, tmp_path):
+    """A run that goes on under other settings is another run."""
+    Run.start(gpt2).save(tmp_path / "run.cobra")
+    other = Run.start(gpt2, **{field: value})
+    before = copied(other.adapter)
+    message = "of another model" if field == "target_modules" else rf"trained with {field}=.*this adapter has {field}="
+    with pytest.raises(ValueError, match=message):
+        other.load(tmp_path / "run.cobra")
+    assert_same_bits(copied(other.adapter), before)
+
+
+def test_another_model_is_refused(tmp_path):
+    """Same names and shapes, other weights."""
+    config = cobra.CobraConfig(rank_budget=4, r_max=2, gate="mean")
+    cobra.attach(Mlp(), config).save_checkpoint(tmp_path / "run.cobra")
+    with pytest.raises(ValueError, match=r"run\.cobra is of another model: fingerprint"):
+        cobra.attach(Mlp(), config).load_checkpoint(tmp_path / "run.cobra")
+
+
+@pytest.mark.parametrize("fraction", [0, 0.001, 0.1, 0.9, 0.999])
+def test_truncated_files_are_refused(fraction, tmp_path):
+    run, path = Run.start(gpt2), tmp_path / "run.cobra"
+    run.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * fraction)])
+    with pytest.raises(cobra.FormatError, match=r"run\.cobra: expected a COBRA training checkpoint"):
+        run.load(path)
+
+
+def test_foreign_files_are_refused(tmp_path):
+    run, path = Run.start(gpt2), tmp_path / "run.cobra"
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(cobra.FormatError, match="found a file of another program"):
+        run.load(path)
+    run.adapter.extract().save(path)
+    with pytest.raises(cobra.FormatError, match="truncated or foreign"):
+        run.load(path)
+    with pytest.raises(FileNotFoundError, match="expected a COBRA training checkpoint"):
+        run.load(tmp_path / "none.cobra")
+
+
+def test_missing_tensors_are_named(tmp_path):
+    """All is checked before anything is copied."""
+    run, other, path = Run.start(gpt2), Run.start(gpt2), tmp_path / "run.cobra"
+    run.advance(0, 1)
+    run.save(path)
+    with safe_open(path, "pt") as f:
+        header = f.metadata()
+    tensors = load_file(path)
+    last = [key for key in tensors if key.startswith("adapter.")][-1]
+    save_file({key: value for key, value in tensors.items() if key != last}, path, header)
+    before = copied(other.adapter)
+    with pytest.raises(cobra.FormatError, match=last.removeprefix("adapter.")):
+        other.load(path)
+    assert_same_bits(copied(other.adapter), before)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_checkpoint(call, tmp_path, monkeypatch):
+    """A full disk costs the new checkpoint, not the old one, and leaves no rubbish."""
+    run, path = Run.start(gpt2), tmp_path / "run.cobra"
+    run.save(path)
+    old = path.read_bytes()
+    run.advance(0, 1)
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match="no space left"):
+        run.save(path)
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
+
+
+KILLED = """
+import resource, signal, sys, torch, cobra
+from models import Mlp, stir
+
+torch.manual_seed(0)
+adapter = cobra.attach(Mlp(), cobra.CobraConfig(rank_budget=4, r_max=2, gate="mean"))
+adapter.save_checkpoint(sys.argv[1])
+stir(adapter)
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+adapter.save_checkpoint(sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs a file size limit")
+def test_killed_in_mid_write(tmp_path):
+    """A process that dies with half a file written leaves the old checkpoint whole."""
+    path = tmp_path / "run.cobra"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", KILLED, path], env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGXFSZ, done.stderr
+    assert sorted(p.stat().st_size > 2048 for p in tmp_path.iterdir()) == [False, True]  # the half and the whole file
+    torch.manual_seed(0)
+    adapter = cobra.attach(Mlp(), cobra.CobraConfig(rank_budget=4, r_max=2, gate="mean"))
+    expected = copied(adapter)
+    stir(adapter)
+    adapter.load_checkpoint(path)
+    assert_same_bits(copied(adapter), expected)

@@ -1,0 +1,251 @@
+"""The cut of matrices and optimizer state, and the training that goes on after it."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from models import Mlp, gpt2, image_batch, logits_of, stir, token_batch, train, vit
+from torch import nn
+
+import cobra
+from cobra import CobraLinear
+
+BATCH = image_batch()
+
+
+def searched(build=vit, batch=BATCH, optimizer_class=torch.optim.AdamW, **changes):
+    """A model after a few steps of the search, its adapter and optimizer; some layers will lose all ranks."""
+    model = build()
+    settings = {"rank_budget": 6, "r_max": 4, "total_steps": 4, "gate_lr_scale": 50.0} | changes
+    adapter = cobra.attach(model, cobra.CobraConfig(**settings))
+    stir(adapter)
+    optimizer = optimizer_class(adapter.parameter_groups(lr=1e-3))
+    train(model, adapter, optimizer, [batch] * 3)
+    model.eval()
+    return model, adapter, optimizer
+
+
+def layers_of(adapter) -> dict[str, CobraLinear]:
+    return {site.name: layers[0] for g in adapter.groups for site, layers in zip(g.sites, g.layers, strict=True)}
+
+
+def matrices_of(layer: CobraLinear) -> dict[str, nn.Parameter]:
+    return {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
+
+
+@pytest.mark.parametrize("granularity", ["site", "block"])
+@pytest.mark.parametrize(("build", "batch"), [(vit, BATCH), (gpt2, token_batch())], ids=["linear", "conv1d"])
+def test_tensors_and_state_are_sliced(build, batch, granularity):
+    """Every tensor of a kept rank goes over bit for bit, wherever it lies; nothing of a dropped rank is left."""
+    _, adapter, optimizer = searched(build, batch, granularity=granularity, rank_budget=3)
+    before = {
+        (name, key): (p.detach().clone(), copy.deepcopy(optimizer.state[p]))
+        for name, layer in layers_of(adapter).items()
+        for key, p in matrices_of(layer).items()
+    }
+    plan = adapter.extract()
+    adapter.apply(plan, optimizer)
+    kept = {member: list(site.kept) for site in plan.sites for member in site.members if site.kept}
+    assert layers_of(adapter).keys() == kept.keys()
+    for name, layer in layers_of(adapter).items():
+        for key, p in matrices_of(layer).items():
+            old, old_state = before[name, key]
+            ranks = kept[name] if key == "lora_A" else (slice(None), kept[name])
+            assert torch.equal(p, old[ranks])
+            assert optimizer.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"}
+            assert torch.equal(optimizer.state[p]["step"], old_state["step"])
+            for moment in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(optimizer.state[p][moment], old_state[moment][ranks])
+
+
+def test_optimizer_forgets_what_is_gone():
+    """Gates and layers of rank 0 leave the optimizer with their moments; what is left is what trains."""
+    model, adapter, optimizer = searched()
+    adapter.apply(adapter.extract(), optimizer)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert set(held) == set(optimizer.state) == {p for p in model.parameters() if p.requires_grad}
+    assert len(held) == 2 * len(adapter.groups) + len(list(model.classifier.parameters()))
+    assert not any(name.endswith("lora_gate") for name, _ in model.named_parameters())
+    assert adapter.kl_loss().item() == 0
+
+
+def test_rank_zero_is_the_base_module():
+    """A layer without rank costs nothing: it is the very module that was there before."""
+    model = vit()
+    modules = dict(model.named_modules())
+    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=6, r_max=4, gate="mean"))
+    plan = adapter.extract()
+    adapter.apply(plan)
+    assert sorted(plan.ranks.values()) == [0] * 6 + [1] * 6
+    for name, rank in plan.ranks.items():
+        found = model.get_submodule(name)
+        assert type(found) is CobraLinear if rank else found is modules[name]
+        assert found.weight is modules[name].weight
+
+
+@pytest.mark.parametrize("budget", [0, 48])
+def test_nothing_or_everything_is_kept(budget):
+    """At the ends of the budget the model is the base model, or loses only its gates."""
+    model, adapter, optimizer = searched(gate="open")
+    expected = logits_of(model, BATCH)
+    base = vit()
+    base.classifier.load_state_dict(model.classifier.state_dict())
+    adapter.apply(adapter.extract(budget), optimizer)
+    assert torch.equal(logits_of(model, BATCH), expected if budget else logits_of(base, BATCH))
+    train(model, adapter, optimizer, [BATCH])
+    expected = logits_of(model, BATCH)
+    report = adapter.merge()
+    assert len(report.sites) == (12 if budget else 0)
+    with pytest.raises(ValueError, match="merged already"):
+        adapter.merge()
+    adapter.unmerge()
+    assert torch.equal(logits_of(model, BATCH), expected)
+    with pytest.raises(ValueError, match="not merged"):
+        adapter.unmerge()
+
+
+@pytest.mark.parametrize("fold", ["one", "mean"])
+def test_hard_gates_show_the_cut_beforehand(fold):
+    """Evaluating a plan leaves the search as it was, and foretells the cut to the bit."""
+    model, adapter, _ = searched(fold=fold)
+    soft, plan = logits_of(model, BATCH), adapter.extract()
+    with adapter.hard_gates(plan):
+        hard = logits_of(model, BATCH)
+    assert torch.equal(logits_of(model, BATCH), soft) and not torch.equal(soft, hard)
+    adapter.apply(plan)
+    assert torch.equal(logits_of(model, BATCH), hard)
+
+
+def test_hard_gates_end_with_an_error():
+    model, adapter, _ = searched()
+    soft = logits_of(model, BATCH)
+    with pytest.raises(RuntimeError, match="stop"), adapter.hard_gates(adapter.extract()):
+        raise RuntimeError("stop")
+    assert torch.equal(logits_of(model, BATCH), soft)
+
+
+def test_fold_mean_keeps_the_function():
+    """With all ranks kept, folding the mean gates into lora_B changes the parameters and not the model."""
+    model, adapter, _ = searched(fold="mean")
+    expected, norm = logits_of(model, BATCH), layers_of(adapter)["vit.layers.0.mlp.fc1"].lora_B.norm().item()
+    adapter.apply(adapter.extract(48))
+    torch.testing.assert_close(logits_of(model, BATCH), expected)
+    assert layers_of(adapter)["vit.layers.0.mlp.fc1"].lora_B.norm().item() < 0.9 * norm
+
+
+def adagrad(groups):
+    return torch.optim.Adagrad(groups)
+
+
+def momentum(groups):
+    return torch.optim.SGD(groups, momentum=0.9)
+
+
+def rmsprop(groups):
+    return torch.optim.RMSprop(groups, eps=1e-12)
+
+
+def adamw(groups):
+    return torch.optim.AdamW(groups, eps=1e-12, weight_decay=0.0, amsgrad=True)
+
+
+@pytest.mark.parametrize("optimizer_class", [adamw, rmsprop, adagrad, momentum])
+def test_fold_mean_rescales_the_moments(optimizer_class):
+    """B' = c B has the gradient dL/dB / c. So an optimizer that divides by the gradients' size moves B' next by what it would
+    have moved B, one that follows the gradient by 1/c of that; and A as if nothing had been folded.
+    """
+    before, after = [], []
+    for folds in (False, True):
+        model, adapter, optimizer = searched(gate="mean", fold="mean", optimizer_class=optimizer_class)
+        gates = {name: layer.gates().detach() for name, layer in layers_of(adapter).items()}
+        if folds:
+            adapter.apply(adapter.extract(48), optimizer)
+        before.append(copy.deepcopy({name: matrices_of(layer) for name, layer in layers_of(adapter).items()}))
+        train(model, adapter, optimizer, [BATCH])
+        after.append({name: matrices_of(layer) for name, layer in layers_of(adapter).items()})
+    for name, c in gates.items():
+        plain, folded = ({k: new[name][k] - old[name][k] for k in old[name]} for old, new in zip(before, after, strict=True))
+        by_size = optimizer_class is not momentum
+        torch.testing.assert_close(folded["lora_A"], plain["lora_A"], rtol=1e-2, atol=2e-6)
+        torch.testing.assert_close(folded["lora_B"], plain["lora_B"] if by_size else plain["lora_B"] / c, rtol=1e-2, atol=2e-6)
+
+
+def test_training_goes_on_with_fewer_parameters():
+    model, adapter, optimizer = searched(rank_budget=12)
+    everything = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapter.apply(adapter.extract(), optimizer)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) < everything / 2
+    assert adapter.trainable_parameters() == adapter.plan.parameters
+    before = model(**BATCH).loss.item()
+    train(model, adapter, optimizer, [BATCH] * 10)
+    assert model(**BATCH).loss.item() < before
+
+
+def test_gradients_of_the_step_before_the_cut():
+    """A graph made before the cut knows the old shapes; it may still be walked."""
+    model, adapter, optimizer = searched()
+    loss = model(**BATCH).loss
+    adapter.apply(adapter.extract(), optimizer)
+    loss.backward()
+    assert all(p.grad is None for layer in layers_of(adapter).values() for p in (layer.lora_A, layer.lora_B))
+
+
+@pytest.mark.parametrize("build", [vit, gpt2], ids=["with a head", "without"])
+def test_an_optimizer_left_behind_is_noticed(build):
+    """The old optimizer would go on moving the head alone while the adapter stands still, without an error anywhere."""
+    batch = BATCH if build is vit else token_batch()
+    model, adapter, optimizer = searched(build, batch)
+    adapter.apply(adapter.extract())
+    with pytest.warns(UserWarning, match=r"the optimizer holds the parameters from before the cut"):
+        train(model, adapter, optimizer, [batch])
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_no_warning_where_the_optimizer_knows(passed):
+    model, adapter, optimizer = searched()
+    adapter.apply(adapter.extract(), optimizer if passed else None)
+    if not passed:
+        optimizer = torch.optim.AdamW(adapter.parameter_groups(lr=1e-3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, adapter, optimizer, [BATCH] * 2)
+
+
+def test_schedulers_outlive_the_cut():
+    """A scheduler counts the optimizer's groups: they must stay as many, each with its own rate."""
+    model, adapter, optimizer = searched(gate_lr_scale=10.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    adapter.apply(adapter.extract(), optimizer)
+    train(model, adapter, optimizer, [BATCH], scheduler)
+    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert set(rates.values()) == {5e-4} and rates.keys() == {p for p in model.parameters() if p.requires_grad}
+
+
+def test_layers_that_share_a_weight_are_cut_together():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.two.weight = self.one.weight
+
+        def forward(self, x):
+            return self.two(torch.tanh(self.one(x)))
+
+    model = Tied()
+    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=2, r_max=4, gate="mean"))
+    adapter.apply(adapter.extract())
+    assert model.one.rank == model.two.rank == 2
+    assert model.one.lora_A is model.two.lora_A and model.one.lora_B is model.two.lora_B
+
+
+def test_a_bare_module_without_heads():
+    """Nothing here needs transformers."""
+    model, x = Mlp().eval(), torch.randn(5, 6)
+    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=3, r_max=4, gate="mean", modules_to_save=()))
+    stir(adapter)
+    model.eval()
+    with adapter.hard_gates(adapter.extract()):
+        expected = model(x)
+    adapter.apply(adapter.extract())
+    assert torch.equal(model(x), expected)
