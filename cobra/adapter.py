@@ -214,7 +214,8 @@ class Adapter:
         self._versions_at_cut = self._versions()
 
     def _versions(self) -> list[int]:
-        return [p._version for group in self.parameter_groups(lr=0.0) for p in group["params"]]
+        """Of the matrices alone: the heads are the same objects after the cut, and an old optimizer goes on moving them."""
+        return [p._version for g in self.groups for layer in g.all_layers for p in (layer.lora_A, layer.lora_B)]
 
     def _check_plan(self, plan: RankPlan) -> None:
         if self.plan is not None:

@@ -113,7 +113,7 @@ def _heads(model: nn.Module, config: CobraConfig, sites: list[Site]) -> dict[str
         matches = {n: m for n, m in model.named_modules() if n == ending or n.endswith(f".{ending}")}
         if not matches:
             raise ValueError(f"modules_to_save: the model has no module {ending!r}")
-        both = adapted & matches.keys()
+        both = [a for a in adapted if any(a == n or a.startswith(f"{n}.") for n in matches)]
         if both:
             raise ValueError(f"modules_to_save and target_modules both name {sorted(both)[0]!r}; leave it out of one")
         found |= matches
@@ -153,4 +153,4 @@ def _attach_group(
 
 def _generator(seed: int, site: str) -> torch.Generator:
     """One stream a layer, whatever other layers are adapted."""
-    return torch.Generator().manual_seed((seed * 2**32 + zlib.crc32(site.encode())) % (2**63 - 25))
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {site}".encode()))  # torch reads 32 bits of a CPU seed

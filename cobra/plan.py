@@ -30,7 +30,9 @@ def top_ranks(scores: list[Tensor], budget: int) -> list[list[int]]:
         raise ValueError(
             f"budget={budget}: expected 0 to {capacity}, the capacity of {len(scores)} groups; raise r_max for more"
         )
-    flat = torch.cat([s.detach().double().cpu() for s in scores]) if scores else torch.zeros(0)
+    if not scores:
+        return []
+    flat = torch.cat([s.detach().double().cpu() for s in scores])
     if not torch.isfinite(flat).all():
         raise ValueError(
             f"{int((~torch.isfinite(flat)).sum())} gate scores are not finite: the training diverged; lower the learning rate"

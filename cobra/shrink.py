@@ -56,4 +56,4 @@ def _cut_state(key: str, value: object, shape: torch.Size, dim: int, kept: Tenso
         return value
     value = value.index_select(dim, kept)
     # B' = c B has the gradient dL/dB / c: first moments scale by 1/c, second moments by 1/c²
-    return value / factors.square() if "sq" in key else value / factors
+    return value / factors.square() if "sq" in key or key == "sum" else value / factors

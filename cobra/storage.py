@@ -85,7 +85,7 @@ def new_folder(path: Path | str) -> Iterator[Path]:
             os.replace(path, old)
         try:
             os.replace(fresh, path)
-        except OSError:
+        except BaseException:
             if old.exists():
                 os.replace(old, path)
             raise

@@ -32,17 +32,18 @@ def gated_lora_linear_ref(
 
 
 class _GatedLoraLinear(torch.autograd.Function):
+    """x, weight and bias share the dtype of the products; A, B and z may be wider, are folded as they are and cast once."""
+
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, z, scaling, bias):
-        per_token = z.ndim == 2
-        h = x @ lora_A.t()
+        h = x @ lora_A.to(x.dtype).t()
         y = F.linear(x, weight, bias)
-        if per_token:
-            y.addmm_(h * z, lora_B.t(), alpha=scaling)
+        if z.ndim == 2:
+            y.addmm_(h * z.to(x.dtype), lora_B.to(x.dtype).t(), alpha=scaling)
         else:
-            y.addmm_(h, (lora_B * (scaling * z)).t())
+            y.addmm_(h, (lora_B * (scaling * z)).to(x.dtype).t())
         ctx.save_for_backward(x, weight, lora_A, lora_B, z, h)
-        ctx.scaling, ctx.per_token = scaling, per_token
+        ctx.scaling = scaling
         return y
 
     @staticmethod
@@ -50,25 +51,28 @@ class _GatedLoraLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, lora_A, lora_B, z, h = ctx.saved_tensors
         needs_x, needs_weight, needs_A, needs_B, needs_z, _, needs_bias = ctx.needs_input_grad
-        scaling, per_token = ctx.scaling, ctx.per_token
         dx = dA = dB = dz = None
-        if per_token:
-            g = (dy @ lora_B).mul_(scaling)
-            gated_g, gated_A = g * z, lora_A
-            dz = g * h if needs_z else None
-            dB = (dy.t() @ (h * z)).mul_(scaling) if needs_B else None
+        g = dy @ lora_B.to(dy.dtype)
+        if z.ndim == 2:
+            gate, gated_A = z.to(dy.dtype) * ctx.scaling, lora_A
+            if needs_z:
+                dz = (g * h).mul_(ctx.scaling).to(z.dtype)
+            if needs_B:
+                dB = (dy.t() @ (h * gate)).to(lora_B.dtype)
+            g = g * gate
+            dA = (g.t() @ x).to(lora_A.dtype) if needs_A else None
         else:
-            # g without s and z: both ride on the small operands
-            gated_g, gated_A = dy @ lora_B, lora_A * (scaling * z)[:, None]
+            # s and z ride on the small operands: g stays as the product left it
+            gate = ctx.scaling * z
+            gated_A = lora_A * gate[:, None]
             if needs_B or needs_z:
-                dB = dy.t() @ h
-                dz = (lora_B * dB).sum(0).mul_(scaling) if needs_z else None
-                dB = dB.mul_(scaling * z) if needs_B else None
-        if needs_A:
-            dA = gated_g.t() @ x
-            dA = dA if per_token else dA.mul_((scaling * z)[:, None])
+                ungated_dB = (dy.t() @ h).to(lora_B.dtype)
+                dz = (lora_B * ungated_dB).sum(0).mul_(ctx.scaling).to(z.dtype) if needs_z else None
+                dB = ungated_dB.mul_(gate) if needs_B else None
+            if needs_A:
+                dA = (g.t() @ x).to(lora_A.dtype).mul_(gate[:, None])
         if needs_x:
-            dx = torch.addmm(dy @ weight, gated_g, gated_A)
+            dx = (dy @ weight).addmm_(g, gated_A.to(dy.dtype))
         dW = dy.t() @ x if needs_weight else None
         return dx, dW, dA, dB, dz, None, dy.sum(0) if needs_bias else None
 
@@ -97,18 +101,22 @@ def gated_lora_linear(
     Raises ValueError where shapes do not fit.
     """
     _check_shapes(x, weight, lora_A, lora_B, z, bias)
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     z = torch.ones_like(lora_A[:, 0]) if z is None else z
-    rows = x.shape[:-1]
-    if z.ndim > 1:
-        z = z.reshape(-1, z.shape[-1])
-    operands = (x.reshape(-1, x.shape[-1]), weight, lora_A, lora_B, z)
-    # outside the Function, so that a cast's own backward returns each gradient in its parameter's dtype
-    operands = (t.to(dtype) for t in operands)
-    with torch.autocast(device, enabled=False):
-        y = _GatedLoraLinear.apply(*operands, scaling, None if bias is None else bias.to(dtype))
-    return y.view(*rows, weight.shape[0])
+    z = z.reshape(-1, z.shape[-1]) if z.ndim > 1 else z
+    flat = x.reshape(-1, x.shape[-1])
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            y = _apply(flat.to(dtype), weight, lora_A, lora_B, z, scaling, bias)
+    else:
+        y = _apply(flat, weight, lora_A, lora_B, z, scaling, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _apply(x, weight, lora_A, lora_B, z, scaling, bias) -> Tensor:
+    # cast outside the Function, so that the cast's own backward returns the gradient in the parameter's dtype
+    return _GatedLoraLinear.apply(x, weight.to(x.dtype), lora_A, lora_B, z, scaling, None if bias is None else bias.to(x.dtype))
 
 
 def _check_shapes(x, weight, lora_A, lora_B, z, bias) -> None:

@@ -116,9 +116,7 @@ def vit(labels: int = 3) -> nn.Module:
 
     torch.manual_seed(0)
     sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "intermediate_size": 64}
-    return ViTForImageClassification(
-        ViTConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, num_labels=labels)
-    ).eval()
+    return ViTForImageClassification(ViTConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, num_labels=labels)).eval()
 
 
 def token_batch(examples: int = 4, tokens: int = 9) -> dict[str, torch.Tensor]:

@@ -99,9 +99,7 @@ def test_extracted_plan_describes_the_adapter():
     adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=5, r_max=3, gate="mean", granularity="block"))
     plan = adapter.extract()
     assert [site.members for site in plan.sites] == [tuple(s.name for s in group.sites) for group in adapter.groups]
-    assert plan.parameters == sum(
-        rank * sum(model.get_submodule(name).weight.shape) for name, rank in plan.ranks.items()
-    )
+    assert plan.parameters == sum(rank * sum(model.get_submodule(name).weight.shape) for name, rank in plan.ranks.items())
     assert all(p == 0.5 for site in plan.sites for p in site.posterior)
 
 

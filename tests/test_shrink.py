@@ -171,8 +171,10 @@ def test_fold_mean_rescales_the_moments(optimizer_class):
         torch.testing.assert_close(folded["lora_B"], plain["lora_B"] if by_size else plain["lora_B"] / c, rtol=1e-2, atol=2e-6)
 
 
-def test_training_goes_on_with_fewer_parameters():
-    model, adapter, optimizer = searched(rank_budget=12)
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.Adafactor])
+def test_training_goes_on_with_fewer_parameters(optimizer_class):
+    """Also where moments are kept by row and column instead of by element."""
+    model, adapter, optimizer = searched(optimizer_class=optimizer_class, rank_budget=12)
     everything = sum(p.numel() for p in model.parameters() if p.requires_grad)
     adapter.apply(adapter.extract(), optimizer)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) < everything / 2
