@@ -173,6 +173,14 @@ def test_unused_layers_are_reported_not_scored(estimator):
     assert scores.unused == {"never": "never called", "nowhere": "its output reaches no result"}
 
 
+@pytest.mark.parametrize(("estimator", "complete"), [("paper", False), ("conductance", False), ("direct", True)])
+def test_only_direct_is_complete_across_layers(estimator, complete):
+    """The path residual is the quadrature's alone; the sum over sites is F(x) - F(x0) for "direct" and nothing else."""
+    completeness = calibrate(Mlp(), [mlp_batch()], steps=15, estimator=estimator, quadrature="lobatto").completeness
+    assert completeness.path < 1e-5
+    assert (completeness.sites < 1e-5) is complete
+
+
 def test_no_layer_used_is_an_error():
     with pytest.raises(ValueError, match=r"none of the 2 layers was used.*never \(never called\)"):
         calibrate(Partial(), [mlp_batch()], target_modules=("never", "nowhere"))

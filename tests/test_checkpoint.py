@@ -186,6 +186,18 @@ def test_another_model_is_refused(tmp_path):
         cobra.attach(Mlp(), config).load_checkpoint(tmp_path / "run.cobra")
 
 
+def test_another_cut_is_refused(tmp_path):
+    """Rows of one plan mean nothing under another, and shapes alone do not tell them apart."""
+    run, other = Run.start(vit), Run.start(vit)
+    run.advance(0, SEARCH + 1)
+    run.save(tmp_path / "run.cobra")
+    stir(other.adapter)
+    other.adapter.apply(other.adapter.extract(), other.optimizer)
+    with pytest.raises(ValueError, match=r"run\.cobra .* another plan"):
+        other.load(tmp_path / "run.cobra")
+    run.load(tmp_path / "run.cobra")
+
+
 @pytest.mark.parametrize("fraction", [0, 0.001, 0.1, 0.9, 0.999])
 def test_truncated_files_are_refused(fraction, tmp_path):
     run, path = Run.start(gpt2), tmp_path / "run.cobra"

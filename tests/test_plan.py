@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Mlp, gpt2, vit
 
@@ -31,6 +31,7 @@ def brute_force(scores: list[list[float]], budget: int) -> list[list[int]]:
     return [sorted(k for _, k, owner in gates if owner == g) for g in range(len(scores))]
 
 
+@settings(deadline=None)
 @given(groups_of_scores, st.data())
 def test_top_ranks_is_the_brute_force(scores, data):
     budget = data.draw(st.integers(0, sum(map(len, scores))))
@@ -112,21 +113,21 @@ def written(**changes) -> str:
     return json.dumps({"kind": "rank plan", "version": 1, **PLAN.to_dict(), **changes})
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (written()[:-20], "truncated or foreign"),
-        ("\x00\xff", "truncated or foreign"),
-        ("[]", "a file of another program"),
-        (written(kind="layer scores"), "expected a COBRA rank plan, found layer scores"),
-        (written(version=2), "version 2"),
-        (written(sites=None), "not a complete rank plan"),
-        (written(sites=[{"name": "q"}]), "not a complete rank plan: KeyError\\('members'\\)"),
-        (written(sites=[FIRST | {"kept": [0, 3]}]), r"block.0 keeps ranks \(0, 3\) of 3 gates"),
-        (written(sites=[FIRST | {"kept": [1, 1]}]), r"block.0 keeps ranks \(1, 1\) of 3 gates"),
-        (written(fold="max"), "fold='max' is not one of 'one', 'mean'"),
-    ],
-)
+BAD_FILES = {
+    "cut off": (written()[:-20], "truncated or foreign"),
+    "no text": ("\x00\xff", "truncated or foreign"),
+    "a list": ("[]", "a file of another program"),
+    "another kind": (written(kind="layer scores"), "expected a COBRA rank plan, found layer scores"),
+    "another version": (written(version=2), "version 2"),
+    "no sites": (written(sites=None), "not a complete rank plan"),
+    "a bare site": (written(sites=[{"name": "q"}]), "not a complete rank plan: KeyError\\('members'\\)"),
+    "no such gate": (written(sites=[FIRST | {"kept": [0, 3]}]), r"block.0 keeps ranks \(0, 3\) of 3 gates"),
+    "a gate twice": (written(sites=[FIRST | {"kept": [1, 1]}]), r"block.0 keeps ranks \(1, 1\) of 3 gates"),
+    "unknown fold": (written(fold="max"), "fold='max' is not one of 'one', 'mean'"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_FILES.values(), ids=BAD_FILES)
 def test_bad_files_are_refused(tmp_path, content, message):
     """A plan decides what is thrown away, so nothing in it is taken on trust. The message names the file."""
     path = tmp_path / "plan.json"

@@ -97,6 +97,7 @@ def test_nothing_or_everything_is_kept(budget):
     expected = logits_of(model, BATCH)
     report = adapter.merge()
     assert len(report.sites) == (12 if budget else 0)
+    assert repr(adapter) == f"Adapter({len(report.sites)} groups, {adapter.trainable_parameters():,} parameters, merged)"
     with pytest.raises(ValueError, match="merged already"):
         adapter.merge()
     adapter.unmerge()

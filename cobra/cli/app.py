@@ -19,10 +19,10 @@ app = typer.Typer(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder the run leaves behind.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(min=10, help="Training steps, the same for COBRA and LoRA.")] = 450,
+    steps: Annotated[int, typer.Option(min=10, help="Training steps, the same for COBRA and LoRA.")] = 400,
     train_examples: Annotated[int, typer.Option(min=64, help="Reviews to train on.")] = 4000,
     test_examples: Annotated[int, typer.Option(min=64, help="Reviews of other movies to test on.")] = 1500,
-    calibration_examples: Annotated[int, typer.Option(min=8, help="Reviews the scores are measured on.")] = 128,
+    calibration_examples: Annotated[int, typer.Option(min=8, help="Reviews the scores are measured on.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Of the head, the data order, lora_A and the gates.")] = 0,
 ) -> None:
     """The main job on real data: MiniLM on movie reviews, COBRA beside plain LoRA, from scores to a checkpoint peft loads."""

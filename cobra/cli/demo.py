@@ -30,10 +30,10 @@ class DemoSettings:
     """average_rank: of the budget, ranks per linear layer; search_share: of the steps, before the ranks are cut"""
 
     out: Path
-    steps: int = 450
+    steps: int = 400
     train_examples: int = 4000
     test_examples: int = 1500
-    calibration_examples: int = 128
+    calibration_examples: int = 64
     seed: int = 0
     average_rank: int = 8
     lr: float = 1e-3
