@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -67,7 +67,7 @@ def calibrate(
     loss_of = _unwrapped(loss) or partial(objective.default_loss, model)
     collected = _Collected()
     with frozen(model), Progress("calibrate", _examples(loader, max_examples), shown=progress) as bar:
-        for index, batch in enumerate(_batches(loader, max_examples, model_device(model))):
+        for index, (batch, counted) in enumerate(_batches(model, loader, max_examples)):
             entry = find_entry(model, batch, baseline)
             norms = gradient_norms(model, sites, entry, batch, loss_of)
             _check_losses(norms.losses, index)
@@ -83,7 +83,7 @@ def calibrate(
                 direct=estimator == "direct",
                 max_rows=max(1, chunk_bytes // max(1, math.ceil(2.5 * norms.row_bytes))),
             )
-            collected.add(batch, norms, attribution)
+            collected.add(counted, norms, attribution)
             bar.advance(batch.size)
     settings = {
         "estimator": estimator,
@@ -104,13 +104,12 @@ class _Collected:
         self.squared, self.attributed, self.entry, self.change = [], [], [], []
         self.called, self.reached, self.batches = frozenset(), frozenset(), 0
 
-    def add(self, batch: Batch, norms: GradientNorms, attribution: Attribution) -> None:
-        labelled = objective.labelled_examples(batch)
-        kept = slice(None) if labelled is None else labelled.cpu()
-        self.squared.append(norms.squared[kept])
-        self.attributed.append(attribution.sites[kept])
-        self.entry.append(attribution.entry[kept])
-        self.change.append(attribution.change[kept])
+    def add(self, counted: Tensor, norms: GradientNorms, attribution: Attribution) -> None:
+        kept = counted
+        self.squared.append(norms.squared[counted])
+        self.attributed.append(attribution.sites[counted])
+        self.entry.append(attribution.entry[counted])
+        self.change.append(attribution.change[counted])
         self.called |= norms.called
         self.reached |= norms.reached | attribution.reached
         self.batches += 1
@@ -160,16 +159,17 @@ def _unwrapped(function: PerExample | None) -> Callable[[object, Batch], Tensor]
     return None if function is None else lambda outputs, batch: function(outputs, batch.values)
 
 
-def _batches(loader: Iterable, max_examples: int, device: torch.device):
+def _batches(model: nn.Module, loader: Iterable, max_examples: int) -> Iterator[tuple[Batch, Tensor]]:
+    """Batches, and which of their examples count; the last one is cut where enough of them do."""
     left = max_examples
     for index, values in enumerate(loader):
-        batch = Batch.from_loader(values, device, index)
-        if not batch.size:
-            continue
-        batch = batch.rows(0, min(left, batch.size))
-        yield batch
-        labelled = objective.labelled_examples(batch)
-        left -= batch.size if labelled is None else int(labelled.sum())
+        batch = Batch.from_loader(values, model_device(model), index)
+        counted = objective.labelled_examples(model, batch)
+        size = int((counted.long().cumsum(0) <= left).sum())
+        if size:
+            batch, counted = batch.rows(0, size), counted[:size]
+            yield batch, counted
+            left -= int(counted.sum())
         if left <= 0:
             return
 
@@ -198,8 +198,9 @@ def _warn(scores: LayerScores) -> None:
         warnings.warn(f"{len(scores.unused)} layers have no score and get no rank: {_some(scores.unused)}", stacklevel=3)
     if scores.completeness.path > 0.05:
         warnings.warn(
-            f"the path integral misses {scores.completeness.path:.0%} of F(x) - F(x0): take more steps, "
-            "quadrature='trapezoid' or 'lobatto', or another baseline (normalised inputs are singular at baseline='zero')",
+            f"the path integral misses {scores.completeness.path:.0%} of F(x) - F(x0): "
+            "baseline='mean' mends it where a model normalises its embeddings, which is singular at zero; "
+            "otherwise take more steps, or quadrature='lobatto'",
             stacklevel=3,
         )
 

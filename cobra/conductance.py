@@ -115,13 +115,14 @@ def _sweep(
             h.register_post_accumulate_grad_hook(_drop_grad)
 
     def on_call(index: int, x: Tensor, h: Tensor) -> Tensor | None:
+        if not h.requires_grad:
+            return None  # it does not change along the path
         per_example(h, rows, sites[index].name)
         if direct:
             leaf = h.detach().requires_grad_()
             watch(index, leaf)
             return leaf.clone()  # a model may write into it, which a leaf forbids
-        if h.requires_grad:
-            watch(index, h)
+        watch(index, h)
         return None
 
     with watching(sites, on_call), entry.at(batch, rule.alphas, lambda x: watch(ENTRY, x)) as folded:

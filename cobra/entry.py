@@ -67,7 +67,7 @@ class Entry:
             return self.baseline.to(x)
         if self.baseline == "zero":
             return torch.zeros((), dtype=x.dtype, device=x.device)
-        weight = self.embeddings[0].weight.detach()
+        weight = self.embeddings[0].weight.detach() * getattr(self.embeddings[0], "embed_scale", 1.0)
         if self.baseline == "mean":
             return weight.float().mean(0).to(x)
         return weight[self.embeddings[0].padding_idx].to(x)
@@ -94,7 +94,9 @@ def find_entry(model: nn.Module, batch: Batch, baseline: Baseline = "zero") -> E
         raise ValueError("baseline='pad' needs input embeddings with a padding_idx; pass the embedding as a tensor instead")
     if embedding is None:
         return Entry((), key, baseline)
-    sharing = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embedding and m.weight is embedding.weight]
+    sharing = [
+        m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embedding and m.weight is embedding.weight
+    ]
     return Entry((embedding, *sharing), None, baseline)
 
 

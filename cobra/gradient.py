@@ -44,18 +44,31 @@ def gradient_norms(model: nn.Module, sites: Sequence[Site], entry: Entry, batch:
 
     loss: (outputs, batch) -> (batch,)
     """
+    try:
+        return _batched(model, sites, entry, batch, loss)
+    except _UsedOnSharedInput:
+        return _joined([_batched(model, sites, entry, batch.rows(i, i + 1), loss) for i in range(batch.size)])
+
+
+class _UsedOnSharedInput(Exception):
+    """A site works on what all examples share (relative positions): its gradient cannot be told apart in a batch."""
+
+
+def _batched(model: nn.Module, sites: Sequence[Site], entry: Entry, batch: Batch, loss: Loss) -> GradientNorms:
     copy = writes_in_place(model)
     calls: dict[int, int] = {}
     arrived: dict[int, list[tuple[Tensor, Tensor]]] = {}
     squared = torch.zeros(batch.size, len(sites), dtype=torch.float64)
     seen = [0]
 
-    def on_call(index: int, x: Tensor, h: Tensor) -> None:
+    def on_call(index: int, x: Tensor, h: Tensor) -> Tensor:
         name = sites[index].name
         calls[index] = calls.get(index, 0) + 1
         seen[0] += x.nbytes + h.nbytes
         if not h.requires_grad:
-            return
+            if batch.size > 1:
+                raise _UsedOnSharedInput
+            h = h.detach().requires_grad_()
         snapshot = Snapshot(x, f"input of {name}", copy)
 
         def arrive(grad: Tensor) -> None:
@@ -66,6 +79,7 @@ def gradient_norms(model: nn.Module, sites: Sequence[Site], entry: Entry, batch:
                 reached.add(index)
 
         h.register_hook(arrive)
+        return h
 
     reached: set[int] = set()
     with watching(sites, on_call), entry.at(batch, None, lambda x: None) as entered:
@@ -83,6 +97,16 @@ def gradient_norms(model: nn.Module, sites: Sequence[Site], entry: Entry, batch:
     logits = getattr(outputs, "logits", outputs)
     seen[0] += 3 * logits.nbytes if isinstance(logits, Tensor) else 0
     return GradientNorms(squared, losses.detach(), frozenset(calls), frozenset(reached), seen[0] // batch.size)
+
+
+def _joined(parts: list[GradientNorms]) -> GradientNorms:
+    return GradientNorms(
+        torch.cat([part.squared for part in parts]),
+        torch.cat([part.losses for part in parts]),
+        frozenset().union(*(part.called for part in parts)),
+        frozenset().union(*(part.reached for part in parts)),
+        max(part.row_bytes for part in parts),
+    )
 
 
 def _joined_norm(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:

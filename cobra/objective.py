@@ -23,6 +23,7 @@ IGNORED = -100
 def default_target(model: nn.Module, outputs: Any, batch: Batch) -> Tensor:
     """F of every example, (B,)."""
     logits, labels = _logits(outputs), _labels(batch)
+    _check_labels(outputs, batch)
     if labels.is_floating_point():
         return logits.reshape(batch.size, -1).float().sum(1)
     if labels.ndim == 1:
@@ -34,6 +35,7 @@ def default_target(model: nn.Module, outputs: Any, batch: Batch) -> Tensor:
 def default_loss(model: nn.Module, outputs: Any, batch: Batch) -> Tensor:
     """L of every example, (B,); 0 where all labels are masked."""
     logits, labels = _logits(outputs), _labels(batch)
+    _check_labels(outputs, batch)
     if labels.is_floating_point():
         return (
             F.mse_loss(logits.reshape(labels.shape).float(), labels.float(), reduction="none").reshape(batch.size, -1).mean(1)
@@ -43,14 +45,14 @@ def default_loss(model: nn.Module, outputs: Any, batch: Batch) -> Tensor:
     return _token_loss(model, logits, labels)
 
 
-def labelled_examples(batch: Batch) -> Tensor | None:
-    """Which examples have a label that is not masked, (B,) bool; None where the batch has no labels."""
+def labelled_examples(model: nn.Module, batch: Batch) -> Tensor:
+    """Which examples have a label that counts, (B,) bool on the CPU; all where the batch has no integer labels."""
     labels = batch.labels
-    if not isinstance(labels, Tensor):
-        return None
-    if labels.is_floating_point():
-        return torch.ones(batch.size, dtype=torch.bool, device=labels.device)
-    return (labels.reshape(batch.size, -1) != IGNORED).any(1)
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape[:1] != (batch.size,):
+        return torch.ones(batch.size, dtype=torch.bool)
+    labels = _shifted(model, labels) if labels.ndim == 2 else labels
+    counts = (labels != IGNORED).cpu()
+    return counts.flatten(1).any(1) if counts.ndim > 1 else counts
 
 
 def check_against_model(model: nn.Module, outputs: Any, losses: Tensor, batch: Batch) -> None:
@@ -84,6 +86,23 @@ def _labels(batch: Batch) -> Tensor:
     if not isinstance(batch.labels, Tensor):
         raise ValueError("the batch has no tensor 'labels'; add them, or pass target= and loss=")
     return batch.labels
+
+
+def _check_labels(outputs: Any, batch: Batch) -> None:
+    """Raises ValueError for class labels that the logits have no column for."""
+    logits, labels = getattr(outputs, "logits", outputs), batch.labels
+    if (
+        not isinstance(logits, Tensor)
+        or not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.ndim + 1 != logits.ndim
+    ):
+        return
+    bad = labels[(labels != IGNORED) & ((labels < 0) | (labels >= logits.shape[-1]))]
+    if bad.numel():
+        raise ValueError(
+            f"label {int(bad[0])} is out of range: the model has {logits.shape[-1]} classes (and -100 means masked)"
+        )
 
 
 def _shifts_labels(model: nn.Module) -> bool:

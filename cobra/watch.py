@@ -74,11 +74,9 @@ def writes_in_place(model: nn.Module) -> bool:
 
 def per_example(tensor: Tensor, rows: int, site: str) -> Tensor:
     """A site's tensor as (rows, tokens, features). Raises ValueError where its first dimension is not the batch."""
-    if tensor.ndim >= 2 and tensor.shape[0] == rows:
-        return tensor.reshape(rows, -1, tensor.shape[-1])
-    if tensor.ndim == 2 and tensor.shape[0] % rows == 0:
+    if tensor.ndim >= 2 and tensor.shape[0] % rows == 0:
         return tensor.reshape(rows, -1, tensor.shape[-1])
     raise ValueError(
         f"{site} sees a tensor of shape {tuple(tensor.shape)} in a batch of {rows}: its first dimension must be the batch "
-        "(or batch × tokens); leave it out with target_modules"
+        "(or a multiple of it); leave it out with target_modules"
     )

@@ -137,7 +137,6 @@ def test_masked_examples_do_not_count():
     assert_equal(calibrate(model, [masked, mixed, masked], max_examples=3), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="a batch is cut to as many rows as examples are missing, whether or not they count")
 def test_masked_examples_do_not_count_inside_the_last_batch():
     """Two of these four rows count, and two are asked for."""
     scores = calibrate(Tokens(), [token_batch([True, False, True, False])], max_examples=2)

@@ -220,7 +220,6 @@ def test_shared_weights_add_up(how, estimator):
     torch.testing.assert_close(found.sites[:, 0], expected.sites.sum(1), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.xfail(strict=True, reason="an output off the path is refused where its first dimension is not the batch")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_what_does_not_move_scores_nothing(estimator):
     """A use on what all examples share (DeBERTa's relative positions) stands still along the path and adds no score."""

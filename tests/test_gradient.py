@@ -190,7 +190,6 @@ def test_inplace_modules():
     torch.testing.assert_close(found, looped_norms(plain, sites, batch), rtol=1e-10, atol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="a use that does not depend on the model's input is left out of the norm")
 def test_shared_input_has_a_gradient():
     """A linear also applied to what all examples share (DeBERTa's relative positions): that use counts as well."""
 
