@@ -73,7 +73,8 @@ class Adapter:
         self.current_step = 0
         self.plan: RankPlan | None = None
         self._trainable_before = set(restore)
-        self._merged: dict[str, MergedSite] = {}
+        self._merged: dict[str, MergedSite] | None = None
+        self._mode_at_merge = model.training
         self._versions_at_cut: list[int] | None = None
         self._draw()
 
@@ -220,7 +221,7 @@ class Adapter:
     def _check_plan(self, plan: RankPlan) -> None:
         if self.plan is not None:
             raise ValueError("a plan was applied already: the ranks are cut once")
-        if self._merged:
+        if self._merged is not None:
             raise ValueError("the adapter is merged; unmerge() it first")
         if plan.fingerprint != self.base_fingerprint:
             raise ValueError(
@@ -241,7 +242,7 @@ class Adapter:
         Gates count as in evaluation mode. The model then has the base model's modules and state-dict keys; `unmerge` restores
         the original bits. Raises ValueError if merged already.
         """
-        if self._merged:
+        if self._merged is not None:
             raise ValueError("the adapter is merged already")
         done: dict[str, MergedSite] = {}
         pairs = [pair for group in self.groups for pair in zip(group.sites, group.layers, strict=True)]
@@ -254,23 +255,30 @@ class Adapter:
             raise
         for site, _ in pairs:
             self._restore(site)
-        self._merged = done
+        self._merged, self._mode_at_merge = done, self.model.training
         return MergeReport(tuple(merged.report for merged in done.values()))
 
     def unmerge(self) -> None:
         """Restores the base weights bit for bit and puts the adapter back. Raises ValueError if not merged."""
-        if not self._merged:
+        if self._merged is None:
             raise ValueError("the adapter is not merged")
         for group in self.groups:
             for site, layers in zip(group.sites, group.layers, strict=True):
-                self._merged.pop(site.name).restore(site)
+                self._merged[site.name].restore(site)
                 by_weight = dict(zip(map(id, site.distinct_modules), layers, strict=True))
                 for name, module in site.modules:
-                    self.model.set_submodule(name, by_weight[id(module)])
+                    layer = by_weight[id(module)]
+                    if self.model.training != self._mode_at_merge:
+                        layer.train(self.model.training)
+                    self.model.set_submodule(name, layer)
+        self._merged = None
 
     def detach(self) -> None:
-        """Takes the adapter off without merging: the base model's modules and trainable flags as before `attach`."""
-        if self._merged:
+        """Takes the adapter off without merging: the base model's modules and trainable flags as before `attach`.
+
+        Heads that were trained (`modules_to_save`) stay as they are.
+        """
+        if self._merged is not None:
             self.unmerge()
         for group in self.groups:
             for site in group.sites:
@@ -305,5 +313,5 @@ class Adapter:
         checkpoint.load(self, path, optimizer, scheduler)
 
     def __repr__(self) -> str:
-        state = "merged" if self._merged else "cut" if self.plan else f"step {self.current_step}"
+        state = "merged" if self._merged is not None else "cut" if self.plan else f"step {self.current_step}"
         return f"Adapter({len(self.groups)} groups, {self.trainable_parameters():,} parameters, {state})"

@@ -74,8 +74,11 @@ def load(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, schedu
     for what, given in (("optimizer", optimizer), ("scheduler", scheduler)):
         if given is not None and not meta.get(what):
             raise ValueError(f"{path} was saved without the {what}; load it without, or save it with it")
-    if meta["plan"] is not None and adapter.plan is None:
-        adapter.apply(RankPlan.from_dict(meta["plan"]), optimizer)
+    plan = None if meta["plan"] is None else RankPlan.from_dict(meta["plan"])
+    if adapter.plan is None and plan is not None:
+        adapter.apply(plan, optimizer)
+    if adapter.plan != plan:
+        raise ValueError(f"{path} is of another plan than was applied to this adapter; load it into a fresh one")
     expected = adapter_tensors(adapter)
     for name, tensor in expected.items():
         found = tensors.get(f"adapter.{name}")
@@ -89,7 +92,10 @@ def load(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, schedu
         group.prior = prior
     adapter.move_to_step(meta["step"])
     if optimizer is not None:
-        optimizer.load_state_dict(_optimizer_state(tensors, meta["optimizer"]))
+        state = _optimizer_state(tensors, meta["optimizer"])
+        if len(state["param_groups"]) < len(optimizer.param_groups):  # saved from an optimizer made after the cut
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        optimizer.load_state_dict(state)
     if scheduler is not None:
         scheduler.load_state_dict(meta["scheduler"])
     torch.set_rng_state(tensors["rng"])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cobra import storage
+from cobra.config import CHOICES
 
 KIND = "rank plan"
 
@@ -107,8 +108,10 @@ class RankPlan:
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a complete rank plan: {error!r}") from error
         for s in plan.sites:
-            if not all(isinstance(k, int) and 0 <= k < len(s.posterior) for k in s.kept):
-                raise ValueError(f"{s.name} keeps ranks {s.kept} of {len(s.posterior)} gates")
+            if [k for k in range(len(s.posterior)) if k in s.kept] != list(s.kept):
+                raise ValueError(f"{s.name} keeps ranks {s.kept} of {len(s.posterior)} gates; expected ascending indices")
+        if plan.fold not in CHOICES["fold"]:
+            raise ValueError(f"fold={plan.fold!r} is not one of {', '.join(map(repr, CHOICES['fold']))}")
         return plan
 
     def save(self, path: Path | str) -> None:

@@ -52,8 +52,8 @@ def _cut(p: nn.Parameter, dim: int, kept: Tensor, factors: Tensor, optimizer: Op
 
 
 def _cut_state(key: str, value: object, shape: torch.Size, dim: int, kept: Tensor, factors: Tensor) -> object:
-    if not isinstance(value, Tensor) or value.shape != shape:
-        return value
+    if not isinstance(value, Tensor) or value.ndim != len(shape) or value.shape[dim] != shape[dim]:
+        return value  # a counter, or a moment averaged over the ranks
     value = value.index_select(dim, kept)
     # B' = c B has the gradient dL/dB / c: first moments scale by 1/c, second moments by 1/c²
-    return value / factors.square() if "sq" in key or key == "sum" else value / factors
+    return value / factors.square() if "sq" in key or "var" in key or key == "sum" else value / factors

@@ -37,6 +37,11 @@ def save_pretrained(adapter: Adapter, folder: Path | str, layout: str = "compact
         for site, site_layers in zip(group.sites, group.layers, strict=True)
         for name, layer in _named_layers(site, site_layers)
     }
+    for group in adapter.groups:
+        for site in group.sites:
+            if len(site.modules) > len(site.distinct_modules):
+                names = " and ".join(name for name, _ in site.modules)
+                raise ValueError(f"{names} are one module, and peft would adapt it under its first name only; merge() instead")
     if not layers:
         raise ValueError("the plan keeps no rank, and peft has no empty adapter; save the base model instead")
     _check_replaceable(Path(folder))
@@ -49,7 +54,7 @@ def save_pretrained(adapter: Adapter, folder: Path | str, layout: str = "compact
         tensors[f"{PREFIX}{name}.lora_B.weight"] = F.pad(lora_B, (0, padding))
     for name, head in adapter.heads.items():
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in head.state_dict().items()}
-    ranks = {} if layout == "padded" else {name: layer.rank for name, layer in layers.items() if layer.rank != largest}
+    ranks = {} if layout == "padded" else _rank_pattern({name: layer.rank for name, layer in layers.items()}, largest)
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -80,6 +85,14 @@ def _named_layers(site, layers: list[CobraLinear]):
             yield name, by_module.pop(id(module))
 
 
+def _rank_pattern(ranks: dict[str, int], largest: int) -> dict[str, int]:
+    """The layers that are not of the largest rank. peft takes the first name that a layer's ends with: longer ones come first,
+    and a layer is listed too if a shorter name would catch it."""
+    small = {name for name, rank in ranks.items() if rank != largest}
+    listed = [name for name in ranks if name in small or any(name.endswith(f".{other}") for other in small)]
+    return {name: ranks[name] for name in sorted(listed, key=len, reverse=True)}
+
+
 def _provenance(adapter: Adapter, layout: str) -> dict:
     return {
         "kind": "adapter provenance",
@@ -95,7 +108,7 @@ def _provenance(adapter: Adapter, layout: str) -> dict:
 def _check_replaceable(folder: Path) -> None:
     if folder.is_file():
         raise ValueError(f"{folder} is a file; name a folder")
-    ours = {"adapter_config.json", "adapter_model.safetensors", "cobra.json", "README.md"}
+    ours = {"adapter_config.json", "adapter_model.safetensors", "cobra.json"}
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours) if folder.is_dir() else []
     if foreign:
         raise ValueError(f"{folder} holds other files ({', '.join(foreign[:3])}); name a new folder, nothing was written")
