@@ -105,7 +105,6 @@ class _Collected:
         self.called, self.reached, self.batches = frozenset(), frozenset(), 0
 
     def add(self, counted: Tensor, norms: GradientNorms, attribution: Attribution) -> None:
-        kept = counted
         self.squared.append(norms.squared[counted])
         self.attributed.append(attribution.sites[counted])
         self.entry.append(attribution.entry[counted])
