@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -62,19 +63,22 @@ def merge_site(site: Site, layer: CobraLinear) -> MergedSite:
     """Writes W + s (B ∘ z) A into the base module's weight. Raises ValueError where the sum is not finite."""
     weight, original = site.module.weight, site.module.weight.detach().clone()
     base = linear_weight(site.module)
-    merged = merge_lora(base, *layer.folded())
-    if not torch.isfinite(merged).all():
+    lora_A, lora_B = layer.folded()
+    merged = merge_lora(base, lora_A, lora_B)
+    report = _report(site.name, base, merged, lora_A, lora_B)
+    if not math.isfinite(report.rounding_loss):
         raise ValueError(
             f"{site.name}: the merged weight is not finite ({weight.dtype}); the adapter or the weight holds NaN or Inf"
         )
-    report = _report(site.name, layer, base, merged)
     weight.data.copy_(merged.t() if layer.transposed else merged)
     return MergedSite(original, report)
 
 
-def _report(name: str, layer: CobraLinear, base: Tensor, merged: Tensor) -> SiteReport:
-    zero = torch.zeros_like(base, dtype=torch.promote_types(base.dtype, torch.float32))
-    delta = merge_lora(zero, *layer.folded())
-    delta_norm = delta.norm().item()
-    lost = (merged.to(delta) - base.to(delta) - delta).norm().item()
-    return SiteReport(name, layer.rank, delta_norm, base.norm().item(), lost / delta_norm if delta_norm else 0.0)
+def _report(name: str, base: Tensor, merged: Tensor, lora_A: Tensor, lora_B: Tensor) -> SiteReport:
+    # ‖B A‖² = ⟨Bᵀ B, A Aᵀ⟩ needs no (N, K) product
+    gram_A, gram_B = lora_A.double() @ lora_A.double().t(), lora_B.double().t() @ lora_B.double()
+    delta_norm = (gram_A * gram_B).sum().clamp(min=0).sqrt().item()
+    lost = merged.to(lora_B.dtype) - base.to(lora_B.dtype)
+    lost = lost.addmm_(lora_B, lora_A, alpha=-1).norm().item()
+    relative = lost / delta_norm if delta_norm else lost
+    return SiteReport(name, lora_A.shape[0], delta_norm, base.norm().item(), relative)
