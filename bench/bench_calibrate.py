@@ -18,32 +18,42 @@ from cobra.watch import frozen
 POINTS = 50
 
 
-def run(rounds: int = 1) -> list[Comparison]:
-    model, inputs = minilm(), batch(1, 32)
-    sites, whole = find_sites(model), Batch(inputs, 1)
+def run() -> list[Comparison]:
+    return [_at(1, 32, rounds=3), _at(8, 64, rounds=1)]
+
+
+def _at(rows: int, tokens: int, rounds: int) -> Comparison:
+    model, inputs = minilm(), batch(rows, tokens)
+    sites, whole = find_sites(model), Batch(inputs, rows)
     rule = path_rule("conductance", "midpoint", POINTS)
     embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    results: dict[str, torch.Tensor] = {}
 
     def forward(inputs_embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         hidden = model.bert(inputs_embeds=inputs_embeds, attention_mask=mask).last_hidden_state
         return model.classifier(hidden.mean(1))
 
-    def sweep() -> torch.Tensor:
+    def sweep() -> None:
+        def target(outputs: object, b: Batch) -> torch.Tensor:
+            return default_target(model, outputs, b)
+
         with frozen(model):
             entry = find_entry(model, whole)
-            return attribute(model, sites, entry, whole, rule, lambda outputs, b: default_target(model, outputs, b)).sites
+            results["sweep"] = attribute(model, sites, entry, whole, rule, target, max_rows=POINTS + 2).sites
 
-    def layer_by_layer() -> torch.Tensor:
-        with frozen(model):
-            return torch.stack([_captum(forward, site.module, embeddings, inputs) for site in sites], 1)
+    def layer_by_layer() -> None:
+        sums = [_captum(forward, site.module, embeddings, inputs) for site in sites]
+        results["captum"] = torch.stack(sums, 1).double()
 
-    theirs, ours = layer_by_layer().double(), sweep()
-    error = ((ours - theirs).abs() / theirs.abs().clamp(min=1e-3 * theirs.abs().max())).max().item()
-    if error > 1e-4:
-        raise AssertionError(f"the sweep differs from captum by {error:.1e}; no speed is reported for wrong numbers")
-    name = f"conductance of {len(sites)} linears, {POINTS} points, 1 × 32 tokens"
+    work = f"conductance of {len(sites)} linears, {POINTS} points, {rows} × {tokens} tokens"
     alternatives = {"one sweep": sweep, f"captum, {len(sites)} layers": layer_by_layer}
-    return [compare(name, "one sweep", alternatives, max(3, rounds // 3), warmup=1)]
+    sweep()
+    comparison = compare(work, "one sweep", alternatives, rounds, warmup=0)
+    scale = results["captum"].abs().amax(0)
+    error = ((results["sweep"] - results["captum"]).abs().amax(0) / scale).max().item()
+    if error > 1e-3:
+        raise AssertionError(f"the sweep differs from captum by {error:.1e}; no speed is reported for wrong numbers")
+    return comparison
 
 
 def _captum(forward, layer: torch.nn.Module, embeddings: torch.Tensor, inputs: dict) -> torch.Tensor:

@@ -39,7 +39,7 @@ def calibrate(
     max_examples: int = 1000,
     progress: bool = True,
     target_modules: TargetModules = "all-linear",
-    chunk_bytes: int = 1 << 29,
+    chunk_bytes: int = 1 << 30,
 ) -> LayerScores:
     """Measures contribution (path-integral conductance) and gradient demand of every linear layer. The model is unchanged.
 
@@ -81,7 +81,7 @@ def calibrate(
                 rule,
                 target_of,
                 direct=estimator == "direct",
-                max_rows=max(1, chunk_bytes // max(1, math.ceil(2.5 * norms.row_bytes))),
+                max_rows=max(1, chunk_bytes // max(1, 2 * norms.row_bytes)),  # a step holds about twice the sites' tensors
             )
             collected.add(counted, norms, attribution)
             bar.advance(batch.size)
