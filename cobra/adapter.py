@@ -76,6 +76,8 @@ class Adapter:
         self._merged: dict[str, MergedSite] | None = None
         self._mode_at_merge = model.training
         self._versions_at_cut: list[int] | None = None
+        self._nesting = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
+        self._set_nested_tensors(False)
         self._draw()
 
     # training
@@ -98,19 +100,22 @@ class Adapter:
         Where gradients of n micro-batches are accumulated, divide the whole loss by n: then the KL counts once.
         Zero once the ranks are cut.
         """
+        self._check_attached()
         gated = [group for group in self.groups if group.gate is not None]
         if not gated:
             return torch.zeros((), device=next(self.model.parameters()).device)
-        logits = torch.cat([group.gate for group in gated])
+        device = gated[0].gate.device  # a model may lie on several
+        logits = torch.cat([group.gate.to(device) for group in gated])
         prior = torch.cat([logits.new_full((group.rank,), group.prior) for group in gated])
         if self.config.kl == "concrete" and gated[0].noise is not None:
-            kl = gate_kl_sampled(logits, prior, torch.cat([group.noise for group in gated]))
+            kl = gate_kl_sampled(logits, prior, torch.cat([group.noise.to(device) for group in gated]))
         else:
             kl = gate_kl(logits, prior)
         return self.config.beta * (kl.sum() if self.config.kl_reduction == "sum" else kl.mean())
 
     def step(self) -> None:
         """Call once after every optimizer step: the next step's gates and temperature."""
+        self._check_attached()
         if self._versions_at_cut is not None:
             if self._versions_at_cut and self._versions_at_cut == self._versions():
                 warnings.warn(
@@ -198,6 +203,8 @@ class Adapter:
         Raises ValueError for a plan of another adapter, or one that was applied before.
         """
         self._check_plan(plan)
+        if optimizer is not None:
+            shrink.check_optimizer(optimizer)
         removed: list[nn.Parameter] = []
         for group, site in zip(self.groups, plan.sites, strict=True):
             if group.gate is not None:
@@ -255,6 +262,7 @@ class Adapter:
             raise
         for site, _ in pairs:
             self._restore(site)
+        self._set_nested_tensors(True)
         self._merged, self._mode_at_merge = done, self.model.training
         return MergeReport(tuple(merged.report for merged in done.values()))
 
@@ -262,15 +270,20 @@ class Adapter:
         """Restores the base weights bit for bit and puts the adapter back. Raises ValueError if not merged."""
         if self._merged is None:
             raise ValueError("the adapter is not merged")
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        foreign = [n for g in self.groups for s in g.sites for n, module in s.modules if modules.get(n) is not module]
+        if foreign:
+            raise ValueError(f"{foreign[0]} is not the module that was merged: another adapter is attached; detach() it first")
         for group in self.groups:
             for site, layers in zip(group.sites, group.layers, strict=True):
                 self._merged[site.name].restore(site)
-                by_weight = dict(zip(map(id, site.distinct_modules), layers, strict=True))
+                by_module = dict(zip(map(id, site.distinct_modules), layers, strict=True))
                 for name, module in site.modules:
-                    layer = by_weight[id(module)]
+                    layer = by_module[id(module)]
                     if self.model.training != self._mode_at_merge:
                         layer.train(self.model.training)
                     self.model.set_submodule(name, layer)
+        self._set_nested_tensors(False)
         self._merged = None
 
     def detach(self) -> None:
@@ -283,8 +296,18 @@ class Adapter:
         for group in self.groups:
             for site in group.sites:
                 self._restore(site)
+        self._set_nested_tensors(True)
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in self._trainable_before)
+
+    def _check_attached(self) -> None:
+        if self._merged is not None:
+            raise ValueError("the adapter is merged: there is nothing to train; unmerge() it first")
+
+    def _set_nested_tensors(self, allowed: bool) -> None:
+        """nn.TransformerEncoder packs its input for a fast path that adapted layers do not take."""
+        for encoder in self._nesting:
+            encoder.use_nested_tensor = allowed
 
     def _restore(self, site: Site) -> None:
         training = self.model.training

@@ -12,7 +12,7 @@ from cobra.config import CobraConfig
 from cobra.linear import CobraLinear
 from cobra.prior import fuse, prior_logits
 from cobra.scores import LayerScores
-from cobra.sites import Site, block_of, find_sites, fingerprint, head_names
+from cobra.sites import Site, block_of, find_sites, fingerprint, task_heads
 
 
 def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = None) -> Adapter:
@@ -103,9 +103,12 @@ def _heads(model: nn.Module, config: CobraConfig, sites: list[Site]) -> dict[str
     """The modules trained whole."""
     adapted = {name for site in sites for name, _ in site.modules}
     if config.modules_to_save == "auto":
-        output = getattr(model, "get_output_embeddings", lambda: None)()
-        names = sorted(name for name in head_names(model) - adapted if model.get_submodule(name) is not output)
-        return {name: model.get_submodule(name) for name in names}
+        adapted_modules = {id(module) for site in sites for _, module in site.modules}
+        return {
+            name: head
+            for name, head in task_heads(model).items()
+            if not any(id(part) in adapted_modules for part in head.modules())
+        }
     wanted = config.modules_to_save
     wanted = (wanted,) if isinstance(wanted, str) else wanted
     found: dict[str, nn.Module] = {}

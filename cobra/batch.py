@@ -29,6 +29,10 @@ class Batch:
             raise TypeError(
                 f"batch {index} is {type(values).__name__}; expected a mapping of tensors or an (inputs, labels) pair"
             )
+        if isinstance(values, tuple) and not isinstance(values[0], Tensor):
+            raise TypeError(
+                f"batch {index} is a pair whose inputs are {type(values[0]).__name__}; pass one mapping with 'labels'"
+            )
         items = values.items() if isinstance(values, Mapping) else enumerate(values)
         sizes = {key: value.shape[0] for key, value in items if isinstance(value, Tensor) and value.ndim}
         if not sizes:

@@ -16,6 +16,7 @@ from cobra.conductance import Attribution, attribute
 from cobra.config import CHOICES, TargetModules
 from cobra.entry import Baseline, find_entry
 from cobra.gradient import GradientNorms, gradient_norms
+from cobra.linear import CobraLinear
 from cobra.path import path_rule
 from cobra.progress import Progress
 from cobra.scores import Completeness, LayerScores
@@ -61,6 +62,8 @@ def calibrate(
         raise ValueError(f"granularity={granularity!r} is not one of {', '.join(CHOICES['granularity'])}")
     if max_examples < 1:
         raise ValueError(f"max_examples={max_examples}: expected at least 1")
+    if any(isinstance(module, CobraLinear) for module in model.modules()):
+        raise ValueError("an adapter is attached to the model; calibrate before attach(), or detach() or merge() it first")
     sites = find_sites(model, target_modules)
     rule = path_rule(estimator, quadrature, steps)
     target_of = _unwrapped(target) or partial(objective.default_target, model)
@@ -81,7 +84,7 @@ def calibrate(
                 rule,
                 target_of,
                 direct=estimator == "direct",
-                max_rows=max(1, chunk_bytes // max(1, 2 * norms.row_bytes)),  # a step holds about twice the sites' tensors
+                max_rows=max(1, int(chunk_bytes / 1.3) // max(1, norms.row_bytes)),  # the sweep holds site outputs too
             )
             collected.add(counted, norms, attribution)
             bar.advance(batch.size)

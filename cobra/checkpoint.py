@@ -1,8 +1,8 @@
 """Training checkpoints: one safetensors file from which a run goes on with the very same bits.
 
-It holds the matrices, gates, heads, priors, the optimizer's state, torch's CPU random state (dropout) and, in its header, the
-step, the config, the applied plan, and the optimizer's and scheduler's settings. Gates need nothing more: they are a function
-of the step. The order of the data is the caller's to restore.
+It holds the matrices, gates, heads, priors, the optimizer's state, torch's random states (of the CPU and of the model's CUDA
+devices, for dropout) and, in its header, the step, the config, the applied plan, and the optimizer's and scheduler's settings.
+Gates need nothing more: they are a function of the step. The order of the data is the caller's to restore.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cobra.adapter import Adapter
 
 KIND = "training checkpoint"
+PAIRS = "pairs"
 
 
 def adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -41,13 +42,14 @@ def save(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, schedu
     tensors = {f"adapter.{name}": tensor for name, tensor in adapter_tensors(adapter).items()}
     tensors["prior"] = torch.tensor([group.prior for group in adapter.groups], dtype=torch.float64)
     tensors["rng"] = torch.get_rng_state()
+    tensors |= {f"rng.cuda:{index}": torch.cuda.get_rng_state(index) for index in _cuda_devices(adapter)}
     meta = {
         "step": adapter.current_step,
         "config": adapter.config.to_dict(),
         "fingerprint": adapter.base_fingerprint,
         "groups": [group.name for group in adapter.groups],
         "plan": None if adapter.plan is None else adapter.plan.to_dict(),
-        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "scheduler": None if scheduler is None else _encoded(scheduler.state_dict(), "scheduler"),
     }
     if optimizer is not None:
         state = optimizer.state_dict()
@@ -58,7 +60,7 @@ def save(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, schedu
                     tensors[f"optimizer.{index}.{key}"] = value
                 else:
                     scalars.setdefault(str(index), {})[key] = value
-        meta["optimizer"] = {"param_groups": state["param_groups"], "scalars": scalars}
+        meta["optimizer"] = _encoded({"param_groups": state["param_groups"], "scalars": scalars}, "optimizer")
     storage.write_tensors(path, tensors, KIND, meta)
 
 
@@ -69,7 +71,11 @@ def load(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, schedu
     the field), or an optimizer or scheduler that was not saved.
     """
     tensors, meta = storage.read_tensors(path, KIND)
-    storage.expect(path, meta, {key: lambda v: True for key in ("step", "config", "fingerprint", "groups", "plan")})
+    storage.expect(
+        path,
+        meta,
+        {"step": lambda v: isinstance(v, int), **dict.fromkeys(("config", "fingerprint", "groups", "plan"), lambda v: True)},
+    )
     _check_same_run(adapter, path, meta)
     for what, given in (("optimizer", optimizer), ("scheduler", scheduler)):
         if given is not None and not meta.get(what):
@@ -79,6 +85,11 @@ def load(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, schedu
         adapter.apply(plan, optimizer)
     if adapter.plan != plan:
         raise ValueError(f"{path} is of another plan than was applied to this adapter; load it into a fresh one")
+    names = [group.name for group in adapter.groups]
+    if meta["groups"] != names or len(tensors.get("prior", ())) != len(names) or "rng" not in tensors:
+        raise storage.FormatError(
+            f"{path}: {len(meta['groups'])} groups of gates, this adapter has {len(names)}, or other ones"
+        )
     expected = adapter_tensors(adapter)
     for name, tensor in expected.items():
         found = tensors.get(f"adapter.{name}")
@@ -92,13 +103,16 @@ def load(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, schedu
         group.prior = prior
     adapter.move_to_step(meta["step"])
     if optimizer is not None:
-        state = _optimizer_state(tensors, meta["optimizer"])
+        state = _optimizer_state(tensors, _decoded(meta["optimizer"]))
         if len(state["param_groups"]) < len(optimizer.param_groups):  # saved from an optimizer made after the cut
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         optimizer.load_state_dict(state)
     if scheduler is not None:
-        scheduler.load_state_dict(meta["scheduler"])
+        scheduler.load_state_dict(_decoded(meta["scheduler"]))
     torch.set_rng_state(tensors["rng"])
+    for index in _cuda_devices(adapter):
+        if f"rng.cuda:{index}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"rng.cuda:{index}"], index)
 
 
 def _check_same_run(adapter: Adapter, path: Path | str, meta: dict) -> None:
@@ -120,3 +134,28 @@ def _optimizer_state(tensors: dict[str, Tensor], meta: dict) -> dict:
             _, index, key = name.split(".", 2)
             state.setdefault(int(index), {})[key] = tensor
     return {"state": state, "param_groups": meta["param_groups"]}
+
+
+def _cuda_devices(adapter: Adapter) -> list[int]:
+    return sorted({p.device.index for p in adapter.model.parameters() if p.device.type == "cuda"})
+
+
+def _encoded(value: object, what: str) -> object:
+    """The value for JSON; dictionaries with other keys than strings become lists of pairs."""
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        return {PAIRS: [[key, _encoded(item, what)] for key, item in value.items()]}
+    if isinstance(value, dict):
+        return {key: _encoded(item, f"{what} field {key!r}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encoded(item, what) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ValueError(f"the {what} holds a {type(value).__name__}, which no checkpoint can keep; use plain numbers (lr=1e-3)")
+
+
+def _decoded(value: object) -> object:
+    if isinstance(value, dict) and value.keys() == {PAIRS}:
+        return {key: _decoded(item) for key, item in value[PAIRS]}
+    if isinstance(value, dict):
+        return {key: _decoded(item) for key, item in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value

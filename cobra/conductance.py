@@ -63,7 +63,7 @@ def attribute(
     examples = max(1, max_rows // len(rule.alphas))
     chunks = rule.chunks(max(3, max_rows)) if examples == 1 else [rule]
     total = torch.zeros(batch.size, len(sites) + 1, dtype=torch.float64)
-    change = torch.zeros(batch.size, dtype=torch.float64)
+    change = torch.zeros(batch.size, dtype=torch.float64, device="cpu")
     reached: set[int] = set()
     for start in range(0, batch.size, examples):
         part = batch.rows(start, start + examples)
@@ -73,7 +73,7 @@ def attribute(
             sums = _sweep(model, sites, entry, part, chunk, target, direct)
             reached |= sums.keys()
             for index, values in sums.items():
-                total[rows, index] += values.double().cpu()
+                total[rows, index] += values.cpu().double()
     return Attribution(total[:, :ENTRY], total[:, ENTRY], change, frozenset(reached - {ENTRY}))
 
 
@@ -89,8 +89,8 @@ def evaluate_target(target: Target, outputs: object, batch: Batch) -> Tensor:
 @torch.no_grad()
 def _end_difference(model: nn.Module, entry: Entry, batch: Batch, target: Target) -> Tensor:
     with entry.at(batch, torch.tensor([0.0, 1.0]), lambda x: None) as folded:
-        ends = evaluate_target(target, folded.forward(model), folded).double()
-    return (ends[batch.size :] - ends[: batch.size]).cpu()
+        ends = evaluate_target(target, folded.forward(model), folded).cpu().double()
+    return ends[batch.size :] - ends[: batch.size]
 
 
 def _sweep(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,6 +82,9 @@ class CobraConfig:
         _require(self.alpha is None or self.alpha > 0, f"alpha={self.alpha!r}", "greater than 0, or None")
         _require(self.beta >= 0, f"beta={self.beta!r}", "at least 0")
         _require(self.gate_lr_scale >= 0, f"gate_lr_scale={self.gate_lr_scale!r}", "at least 0")
+        pair = isinstance(self.temperature, tuple) and len(self.temperature) == 2
+        _require(pair, f"temperature={self.temperature!r}", "(first, last)")
+        _require(math.isfinite(self.gamma), f"gamma={self.gamma!r}", "a finite number")
         first, last = self.temperature
         _require(first >= last > 0, f"temperature={self.temperature!r}", "(first, last) with first >= last > 0")
         _require(

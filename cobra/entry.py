@@ -85,7 +85,7 @@ def find_entry(model: nn.Module, batch: Batch, baseline: Baseline = "zero") -> E
         if embedding is None:
             raise ValueError(
                 f"input {key!r} is {value.dtype} and {type(model).__name__} has no input embeddings "
-                "(get_input_embeddings() or a single nn.Embedding); the path needs a floating-point input"
+                "that can be told: define get_input_embeddings() on the model"
             )
     names = ("zero", "mean", "pad") if embedding is not None else ("zero",)
     if not isinstance(baseline, Tensor) and baseline not in names:

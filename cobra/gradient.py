@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cobra.batch import Batch
 from cobra.entry import Entry
 from cobra.sites import Site
-from cobra.watch import Snapshot, per_example, watching, writes_in_place
+from cobra.watch import SavedBytes, Snapshot, per_example, watching, writes_in_place
 from cobra_kernels import ghost_grad_norm
 
 Loss = Callable[[object, Batch], Tensor]
@@ -29,7 +29,7 @@ class GradientNorms:
     squared: (B, S) squared Frobenius norms, fp64
     losses: (B,)
     called, reached: sites that the forward called, and those that a gradient reached
-    row_bytes: bytes of activations an example leaves behind, estimated from the sites' tensors and the outputs
+    row_bytes: bytes that an example's forward leaves for the backward
     """
 
     squared: Tensor
@@ -59,23 +59,22 @@ def _batched(model: nn.Module, sites: Sequence[Site], entry: Entry, batch: Batch
     calls: dict[int, int] = {}
     arrived: dict[int, list[tuple[Tensor, Tensor]]] = {}
     squared = torch.zeros(batch.size, len(sites), dtype=torch.float64)
-    seen = [0]
 
     def on_call(index: int, x: Tensor, h: Tensor) -> Tensor:
         name = sites[index].name
         calls[index] = calls.get(index, 0) + 1
-        seen[0] += x.nbytes + h.nbytes
         if not h.requires_grad:
             if batch.size > 1:
                 raise _UsedOnSharedInput
-            h = h.detach().requires_grad_()
+            leaf = h.detach().requires_grad_()
+            h = leaf.clone()  # a model may write into it, which a leaf forbids
         snapshot = Snapshot(x, f"input of {name}", copy)
 
         def arrive(grad: Tensor) -> None:
             pair = per_example(snapshot.take(), batch.size, name), per_example(grad.detach(), batch.size, name)
             arrived.setdefault(index, []).append(pair)
             if len(arrived[index]) == calls[index]:
-                squared[:, index] = _joined_norm(arrived.pop(index)).double().cpu()
+                squared[:, index] = _joined_norm(arrived.pop(index)).cpu().double()
                 reached.add(index)
 
         h.register_hook(arrive)
@@ -83,7 +82,8 @@ def _batched(model: nn.Module, sites: Sequence[Site], entry: Entry, batch: Batch
 
     reached: set[int] = set()
     with watching(sites, on_call), entry.at(batch, None, lambda x: None) as entered:
-        outputs = entered.forward(model)
+        with SavedBytes(model) as saved:
+            outputs = entered.forward(model)
         losses = loss(outputs, entered)
         if not isinstance(losses, Tensor) or losses.shape != (batch.size,):
             found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
@@ -92,11 +92,9 @@ def _batched(model: nn.Module, sites: Sequence[Site], entry: Entry, batch: Batch
             losses.sum().backward()
     # a use whose output goes nowhere leaves its site waiting: what did arrive is the whole gradient
     for index, pairs in arrived.items():
-        squared[:, index] = _joined_norm(pairs).double().cpu()
+        squared[:, index] = _joined_norm(pairs).cpu().double()
         reached.add(index)
-    logits = getattr(outputs, "logits", outputs)
-    seen[0] += 3 * logits.nbytes if isinstance(logits, Tensor) else 0
-    return GradientNorms(squared, losses.detach(), frozenset(calls), frozenset(reached), seen[0] // batch.size)
+    return GradientNorms(squared, losses.detach(), frozenset(calls), frozenset(reached), saved.total // batch.size)
 
 
 def _joined(parts: list[GradientNorms]) -> GradientNorms:

@@ -14,6 +14,10 @@ from cobra.sites import is_conv1d, linear_weight
 from cobra_kernels import concrete_gates, gated_lora_linear
 
 
+def _no_change(module: nn.Module, args: tuple) -> None:
+    """A hook that does nothing."""
+
+
 class CobraLinear(nn.Linear):
     """y = x Wᵀ + b + scaling ((dropout(x) Aᵀ) ∘ z) Bᵀ
 
@@ -33,6 +37,8 @@ class CobraLinear(nn.Linear):
         self.out_features, self.in_features = self.linear_weight.shape
         self.scaling, self.dropout = scaling, dropout
         self.cut: tuple[Tensor, Tensor] | None = None
+        # nn.TransformerEncoderLayer's fast path reads weights and calls no module, unless one of them has a hook
+        self.register_forward_pre_hook(_no_change)
 
     @classmethod
     def from_linear(
@@ -59,7 +65,7 @@ class CobraLinear(nn.Linear):
         # half-precision bases train fp32 adapters; fp64 stays fp64
         dtype = torch.promote_types(weight.dtype, torch.float32)
         bound = 1 / math.sqrt(K)
-        lora_A = torch.empty(rank, K, dtype=dtype).uniform_(-bound, bound, generator=generator)
+        lora_A = torch.empty(rank, K, dtype=dtype, device="cpu").uniform_(-bound, bound, generator=generator)
         layer.lora_A = nn.Parameter(lora_A.to(weight.device))
         layer.lora_B = nn.Parameter(torch.zeros(N, rank, dtype=dtype, device=weight.device))
         layer.lora_gate = None
@@ -79,7 +85,7 @@ class CobraLinear(nn.Linear):
     def _add_gate_buffers(self) -> None:
         device = self.weight.device
         self.register_buffer("gate_noise", None, persistent=False)
-        self.register_buffer("gate_temperature", torch.ones((), dtype=torch.float64, device=device), persistent=False)
+        self.register_buffer("gate_temperature", torch.ones((), device=device), persistent=False)
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """lora_A, and lora_B with the scaling and the evaluation gates in it: ΔW = folded lora_B @ lora_A."""

@@ -76,7 +76,7 @@ def merge_site(site: Site, layer: CobraLinear) -> MergedSite:
 
 def _report(name: str, base: Tensor, merged: Tensor, lora_A: Tensor, lora_B: Tensor) -> SiteReport:
     # ‖B A‖² = ⟨Bᵀ B, A Aᵀ⟩ needs no (N, K) product
-    gram_A, gram_B = lora_A.double() @ lora_A.double().t(), lora_B.double().t() @ lora_B.double()
+    gram_A, gram_B = (lora_A @ lora_A.t()).cpu().double(), (lora_B.t() @ lora_B).cpu().double()
     delta_norm = (gram_A * gram_B).sum().clamp(min=0).sqrt().item()
     lost = merged.to(lora_B.dtype) - base.to(lora_B.dtype)
     lost = lost.addmm_(lora_B, lora_A, alpha=-1).norm().item()

@@ -9,14 +9,14 @@ class Progress:
     """A context with `advance(n)` and `note(**values)`.
 
     total: None where it is not known
-    shown: False silences it; it is silent by itself where stderr is no terminal
+    shown: False silences it; it is silent by itself outside terminals and notebooks
     """
 
     def __init__(self, description: str, total: int | None, *, shown: bool = True):
         self._bar = None
-        if shown and sys.stderr.isatty():
+        if shown and (sys.stderr.isatty() or "ipykernel" in sys.modules):
             try:
-                from tqdm import tqdm
+                from tqdm.auto import tqdm
             except ImportError:
                 return
             self._bar = tqdm(total=total, desc=description, leave=False, dynamic_ncols=True)

@@ -38,6 +38,17 @@ def forget(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         optimizer.state.pop(p, None)
 
 
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Raises ValueError for state that cannot be cut (8-bit optimizers)."""
+    for values in optimizer.state.values():
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.ndim and not value.is_floating_point():
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps {key!r} as {value.dtype}, which cannot be cut rank by rank; "
+                    "call apply(plan) without it and make a new optimizer from parameter_groups()"
+                )
+
+
 def _cut(p: nn.Parameter, dim: int, kept: Tensor, factors: Tensor, optimizer: Optimizer | None) -> nn.Parameter:
     """The kept rows or columns times their factors, as a new parameter: graphs of earlier steps still know the old shape."""
     new = nn.Parameter(p.detach().index_select(dim, kept) * factors)
@@ -52,8 +63,11 @@ def _cut(p: nn.Parameter, dim: int, kept: Tensor, factors: Tensor, optimizer: Op
 
 
 def _cut_state(key: str, value: object, shape: torch.Size, dim: int, kept: Tensor, factors: Tensor) -> object:
-    if not isinstance(value, Tensor) or value.ndim != len(shape) or value.shape[dim] != shape[dim]:
+    if isinstance(value, Tensor) and value.shape == shape[dim : dim + 1]:
+        value, factors = value.index_select(0, kept), factors.flatten()
+    elif isinstance(value, Tensor) and value.ndim == len(shape) and value.shape[dim] == shape[dim]:
+        value = value.index_select(dim, kept)
+    else:
         return value  # a counter, or a moment averaged over the ranks
-    value = value.index_select(dim, kept)
     # B' = c B has the gradient dL/dB / c: first moments scale by 1/c, second moments by 1/c²
     return value / factors.square() if "sq" in key or "var" in key or key == "sum" else value / factors

@@ -19,7 +19,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from cobra.config import TargetModules
 
-HEAD_NAMES = frozenset({"lm_head", "classifier", "score", "head", "heads", "qa_outputs", "embed_out", "output_projection"})
+TASK_HEADS = frozenset(
+    {"classifier", "pre_classifier", "classification_head", "score", "head", "heads", "qa_outputs", "logits_proj"}
+)
+LANGUAGE_HEADS = frozenset({"lm_head", "embed_out", "output_projection"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,15 +77,29 @@ def block_of(name: str) -> str:
     return match[1] if match else name
 
 
+def language_head(model: nn.Module) -> nn.Module | None:
+    """What `get_output_embeddings` returns."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
+def task_heads(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost modules under a customary head name that hold a linear layer, but for a language head."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        numbered = re.search(r"(?:^|\.)\d+(?:\.|$)", name)  # a block's own part, not the model's head
+        if inside or numbered or name.split(".")[-1] not in TASK_HEADS or module is language_head(model):
+            continue
+        if any(map(is_linear, module.modules())):
+            found[name] = module
+    return found
+
+
 def head_names(model: nn.Module) -> set[str]:
-    """Full names of the output heads: what `get_output_embeddings` returns, and linears under a customary head name."""
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    names = {name for name, module in model.named_modules(remove_duplicate=False) if module is output}
-    for name, module in model.named_modules(remove_duplicate=False):
-        before_any_number = re.split(r"\.?\d+(?:\.|$)", name)[0].split(".")
-        if is_linear(module) and HEAD_NAMES & set(before_any_number):
-            names.add(name)
-    return names
+    """Full names of the linear layers that are output heads or part of one."""
+    heads = {id(part) for head in task_heads(model).values() for part in head.modules()} | {id(language_head(model))}
+    named = model.named_modules(remove_duplicate=False)
+    return {n for n, m in named if is_linear(m) and (id(m) in heads or n.split(".")[-1] in LANGUAGE_HEADS)}
 
 
 def find_sites(model: nn.Module, target_modules: TargetModules = "all-linear") -> list[Site]:
@@ -107,6 +124,13 @@ def find_sites(model: nn.Module, target_modules: TargetModules = "all-linear") -
             raise ValueError("all-linear leaves out output heads, and no other linear layer is left; name target_modules")
     else:
         chosen = _matching(linears, target_modules)
+    weights = {id(module.weight) for _, module in chosen}
+    names = {name for name, _ in chosen}
+    for name, module in linears:
+        if name not in names and id(module.weight) in weights:
+            raise ValueError(
+                f"{name} shares its weight with a target layer, and a merge would change it too; target both or none"
+            )
     for name, module in chosen:
         _check_weight(name, module, tied=id(module.weight) in embeddings)
     return list(_group_by_weight(chosen))
@@ -155,6 +179,8 @@ def _close(target: str, linears: list[tuple[str, nn.Module]]) -> str:
 
 
 def _check_weight(name: str, module: nn.Module, tied: bool) -> None:
+    if "weight" not in module._parameters:
+        raise ValueError(f"{name}.weight is computed (a parametrization); remove it first, or leave the layer out")
     weight = module.weight
     if not weight.is_floating_point():
         raise ValueError(

@@ -67,6 +67,29 @@ class Snapshot:
         return tensor
 
 
+class SavedBytes:
+    """Counts what a forward saves for its backward, every storage once and parameters not at all: `total` bytes."""
+
+    def __init__(self, model: nn.Module):
+        self.total = 0
+        self._counted = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._counted:
+            self._counted.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._hooks.__exit__(*error)
+
+
 def writes_in_place(model: nn.Module) -> bool:
     """Whether a module declares that it overwrites its input (nn.ReLU(inplace=True) and the like)."""
     return any(getattr(module, "inplace", False) is True for module in model.modules())

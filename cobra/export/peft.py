@@ -7,11 +7,12 @@ writes every layer at the largest rank, with zeros, for engines that read one ra
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cobra import storage
@@ -65,7 +66,7 @@ def save_pretrained(adapter: Adapter, folder: Path | str, layout: str = "compact
         "lora_dropout": adapter.config.dropout,
         "bias": "none",
         "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
-        "target_modules": list(layers),
+        "target_modules": _targets(adapter.model, list(layers)),
         "modules_to_save": list(adapter.heads) or None,
         "rank_pattern": ranks,
         "alpha_pattern": ranks,
@@ -83,6 +84,14 @@ def _named_layers(site, layers: list[CobraLinear]):
     for name, module in site.modules:
         if id(module) in by_module:
             yield name, by_module.pop(id(module))
+
+
+def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
+    """The names; or an expression that matches them whole, where peft's endings would catch other modules too."""
+    others = [name for name, _ in model.named_modules() if name not in names]
+    if any(other.endswith(f".{name}") for other in others for name in names):
+        return "|".join(map(re.escape, names))
+    return names
 
 
 def _rank_pattern(ranks: dict[str, int], largest: int) -> dict[str, int]:

@@ -1,0 +1,178 @@
+"""Attaching: which layers get an adapter, what trains beside them, and what is refused."""
+
+import pytest
+import torch
+from models import (
+    Mlp,
+    attached,
+    gates_of,
+    gpt2,
+    image_batch,
+    layers_of,
+    minilm,
+    mlp_batch,
+    same,
+    state_of,
+    stir,
+    token_batch,
+    vit,
+)
+from torch import nn
+
+import cobra
+
+BATCH = image_batch()
+
+
+@pytest.mark.parametrize(
+    ("build", "modules_to_save", "expected"),
+    [
+        (vit, "auto", ["classifier"]),
+        (minilm, "auto", ["classifier"]),
+        (gpt2, "auto", []),  # an output projection tied to the embeddings is no task head
+        (vit, (), []),
+        (vit, "layernorm", ["vit.layernorm"]),
+        (vit, ["classifier", "patch_embeddings"], ["classifier", "vit.embeddings.patch_embeddings"]),
+    ],
+)
+def test_modules_to_save(build, modules_to_save, expected):
+    """A head on random weights must train; nothing else does unless it is named."""
+    model, adapter = attached(build, modules_to_save=modules_to_save)
+    assert list(adapter.heads) == expected
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert trained == {f"{head}.{name}" for head in expected for name, _ in model.get_submodule(head).named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("modules_to_save", "message"),
+    [
+        ("pooler", "modules_to_save: the model has no module 'pooler'"),
+        ("o_proj", "modules_to_save and target_modules both name 'vit.layers.0.attention.o_proj'"),
+        ("attention", "modules_to_save and target_modules both name 'vit.layers.0.attention"),
+    ],
+    ids=["unknown", "adapted", "holds adapted ones"],
+)
+def test_modules_to_save_are_checked(modules_to_save, message):
+    """Training a layer whole and by an adapter would leave its weight to two optimizer groups."""
+    model = vit()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        cobra.attach(model, cobra.CobraConfig(rank_budget=6, gate="mean", modules_to_save=modules_to_save))
+    assert state_of(model) == before
+
+
+def test_layers_without_a_score_get_no_adapter():
+    """A layer that calibration never saw used would take ranks from those that work."""
+    model = Mlp()
+    model.spare = nn.Linear(4, 4)
+    with pytest.warns(UserWarning, match="1 layers have no score"):
+        scores = cobra.calibrate(model, [mlp_batch()], steps=20, quadrature="trapezoid")
+    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=2, r_max=2, gate="mean"), scores)
+    assert [group.name for group in adapter.groups] == ["up", "mid"]
+    assert type(model.spare) is nn.Linear
+
+
+def test_seeds():
+    """A seed fixes matrices and gates, also beside other layers; another seed changes both."""
+    drawn = {}
+    for key, changes in {"a": {}, "again": {}, "other": {"seed": 1}}.items():
+        _, adapter = attached(**changes)
+        drawn[key] = [layer.lora_A.detach() for layer in layers_of(adapter)], gates_of(adapter)
+    for matrices_or_gates in (0, 1):
+        a, again, other = (drawn[key][matrices_or_gates] for key in ("a", "again", "other"))
+        assert same(again, a)
+        assert not any(torch.equal(x, y) for x, y in zip(other, a, strict=True))
+        assert len({x.flatten()[0].item() for x in a}) == len(a)  # no two layers alike
+    _, alone = attached(target_modules=("layers.1.mlp.fc1",), rank_budget=2)
+    assert torch.equal(layers_of(alone)[0].lora_A, drawn["a"][0][10])
+
+
+def test_a_block_shares_its_gates():
+    """One gate opens or closes a rank in every layer of the block."""
+    _, adapter = attached(granularity="block")
+    first, second = (gates_of(adapter)[i : i + 6] for i in (0, 6))
+    assert all(torch.equal(z, first[0]) for z in first) and all(torch.equal(z, second[0]) for z in second)
+    assert not torch.equal(first[0], second[0])
+
+
+class Tied(nn.Module):
+    """Two layers with one weight and a bias each, and a layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.three = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.two.weight = self.one.weight
+        self.four = self.three
+
+    def forward(self, x):
+        for layer in (self.one, self.two, self.three, self.four):
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_tied_weights_train_one_adapter():
+    """One weight, one adapter: trained by all its uses, merged once, restored once."""
+    model, x = Tied(), torch.randn(4, 6)
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=4, r_max=2, gate="mean"))
+    assert [[name for name, _ in g.sites[0].modules] for g in adapter.groups] == [["one", "two"], ["three", "four"]]
+    assert model.one.lora_A is model.two.lora_A and model.three is model.four
+    assert len(adapter.parameter_groups(lr=1.0)[0]["params"]) == 4
+    stir(adapter)
+    model(x).sum().backward()
+    assert model.one.lora_B.grad.abs().max() > 0
+    model.eval()
+    adapted, update = model(x), torch.matmul(*reversed(model.one.folded()))
+    adapter.merge()
+    assert model.one.weight is model.two.weight and type(model.one) is type(model.two) is nn.Linear
+    torch.testing.assert_close(model.one.weight, base["one.weight"] + update)
+    torch.testing.assert_close(model(x), adapted)
+    adapter.unmerge()
+    assert torch.equal(model(x), adapted)
+    adapter.detach()
+    assert all(torch.equal(value, base[name]) for name, value in model.state_dict().items())
+
+
+# refusals
+
+
+@pytest.mark.parametrize(("granularity", "capacity"), [("site", 48), ("block", 8)])
+def test_budget_above_capacity(granularity, capacity):
+    attached(rank_budget=capacity, granularity=granularity)
+    model = vit()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=rf"rank_budget={capacity + 1} is above the capacity {capacity} of .* {granularity}s"):
+        cobra.attach(model, cobra.CobraConfig(rank_budget=capacity + 1, r_max=4, gate="mean", granularity=granularity))
+    assert state_of(model) == before
+
+
+def test_attach_twice():
+    model, adapter = attached()
+    before = state_of(model)
+    with pytest.raises(ValueError, match="an adapter is attached already"):
+        cobra.attach(model, adapter.config)
+    assert state_of(model) == before
+    adapter.detach()
+    cobra.attach(model, adapter.config)
+
+
+@pytest.mark.filterwarnings("ignore:the path integral misses")
+@pytest.mark.parametrize(
+    ("build", "batch", "settings", "message"),
+    [
+        (lambda: vit(4), BATCH, {"target_modules": ("classifier",)}, "fingerprint"),
+        (gpt2, token_batch(), {}, "this one has no layer 'transformer.h.0"),
+        (vit, BATCH, {"granularity": "block"}, "granularity 'block', the config 'site'; use one granularity for both"),
+        (vit, BATCH, {"target_modules": ("fc1", "fc2")}, "the scores lack 8 of the target layers, e.g. 'vit.layers.0.att"),
+    ],
+    ids=["other weights", "other layers", "other granularity", "fewer layers"],
+)
+def test_scores_that_do_not_fit(build, batch, settings, message):
+    """Scores of something else would put the ranks in the wrong places without any other sign."""
+    scores = cobra.calibrate(build(), [batch], steps=1, **settings)
+    model = vit()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        cobra.attach(model, cobra.CobraConfig(rank_budget=6, r_max=2, gate="mean"), scores)
+    assert state_of(model) == before

@@ -1,0 +1,47 @@
+"""The settings: their choices and ranges, and the temperature they lead to."""
+
+import pytest
+from models import attached, layers_of
+
+import cobra
+from cobra.config import CHOICES
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_budget": -1}, "rank_budget=-1: expected an integer >= 0"),
+        ({"rank_budget": 1.5}, "rank_budget=1.5: expected an integer"),
+        ({"rank_budget": True}, "rank_budget=True: expected an integer"),
+        ({"r_max": 0}, "r_max=0: expected an integer from 1 to 1024"),
+        ({"r_max": 1025}, "r_max=1025"),
+        ({"seed": -1}, "seed=-1"),
+        ({"dropout": 1.0}, "dropout=1.0: expected at least 0 and below 1"),
+        ({"alpha": 0.0}, "alpha=0.0: expected greater than 0"),
+        ({"beta": -0.1}, "beta=-0.1"),
+        ({"gate_lr_scale": -1.0}, "gate_lr_scale=-1.0"),
+        ({"temperature": (0.1, 1.0)}, "first >= last > 0"),
+        ({"temperature": (1.0, 0.0)}, "first >= last > 0"),
+        ({"total_steps": 0}, "total_steps=0: expected an integer greater than 0"),
+        ({"total_steps": None}, "gate='concrete' anneals its temperature: pass total_steps"),
+        *(({name: "no"}, f"{name}='no' is not one of {choices[0]!r}, ") for name, choices in CHOICES.items()),
+    ],
+    ids=str,
+)
+def test_config_names_what_is_wrong(settings, message):
+    """A setting out of range is refused where it is written, with the range."""
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        cobra.CobraConfig(**{"rank_budget": 4, "total_steps": 10} | settings)
+
+
+def test_temperature_runs_from_the_first_to_the_last():
+    """The layers follow the config's schedule, also when all steps are over."""
+    _, adapter = attached(temperature=(2.0, 0.5), total_steps=4)
+    seen = []
+    for _ in range(6):
+        seen.append(layers_of(adapter)[0].gate_temperature.item())
+        adapter.step()
+    assert seen == pytest.approx([2.0, 2**0.5, 1.0, 2**-0.5, 0.5, 0.5])
+    assert seen[0] == 2.0 and seen[4] == seen[5] == 0.5
+    linear = cobra.CobraConfig(rank_budget=1, total_steps=4, temperature=(2.0, 0.5), anneal="linear")
+    assert [linear.temperature_at(step) for step in (0, 1, 2, 4, 9)] == [2.0, 1.625, 1.25, 0.5, 0.5]

@@ -1,0 +1,124 @@
+"""The layer itself: its gates in training and evaluation, dropout, ranks and precision."""
+
+import pytest
+import torch
+from models import Mlp, attached, gates_of, gpt2, image_batch, layers_of, logits_of, same, stir, token_batch, train, vit
+from torch import nn
+from torch.nn import functional as F
+
+import cobra
+from cobra import CobraLinear
+
+BATCH = image_batch()
+
+
+def test_evaluation_has_no_noise():
+    """Evaluation uses the mean gate, whatever the step and temperature."""
+    model, adapter = attached()
+    stir(adapter)
+    model.eval()
+    assert same(gates_of(adapter), [layer.lora_gate.detach().sigmoid() for layer in layers_of(adapter)])
+    first = logits_of(model, BATCH)
+    adapter.step()
+    assert torch.equal(logits_of(model, BATCH), first)
+    model.train()
+    assert not torch.equal(logits_of(model, BATCH), first)
+
+
+def test_mean_gates_train_without_noise():
+    model, adapter = attached(gate="mean", total_steps=None)
+    stir(adapter)
+    assert all(layer.training and layer.gate_noise is None for layer in layers_of(adapter))
+    training = logits_of(model, BATCH)
+    assert torch.equal(logits_of(model.eval(), BATCH), training)
+    (model(**BATCH).loss + adapter.kl_loss()).backward()
+    assert all(layer.lora_gate.grad.abs().max() > 0 for layer in layers_of(adapter))
+
+
+@pytest.mark.parametrize(("build", "batch"), [(vit, BATCH), (gpt2, token_batch())], ids=["linear", "conv1d"])
+def test_open_gates_are_plain_lora(build, batch):
+    """gate="open" is LoRA itself: peft, given the same matrices, takes the same steps."""
+    from peft import LoraConfig, get_peft_model
+
+    model, adapter = attached(build, gate="open", r_max=8, alpha=None)
+    names = [group.name for group in adapter.groups]
+    settings = {"modules_to_save": list(adapter.heads) or None, "fan_in_fan_out": build is gpt2}
+    theirs = get_peft_model(build(), LoraConfig(r=8, lora_alpha=16, target_modules=names, **settings)).eval()
+    with torch.no_grad():
+        for name, layer in zip(names, layers_of(adapter), strict=True):
+            theirs.base_model.model.get_submodule(name).lora_A["default"].weight.copy_(layer.lora_A)
+    ours_optimizer = torch.optim.AdamW(adapter.parameter_groups(lr=5e-3))
+    theirs_optimizer = torch.optim.AdamW((p for p in theirs.parameters() if p.requires_grad), lr=5e-3, weight_decay=0.0)
+    before = logits_of(model, batch)
+    for _ in range(5):
+        for each, optimizer in ((model, ours_optimizer), (theirs, theirs_optimizer)):
+            each(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        adapter.step()
+    assert adapter.kl_loss().item() == 0
+    assert (logits_of(model, batch) - before).abs().max() > 0.05
+    torch.testing.assert_close(logits_of(model, batch), logits_of(theirs, batch), rtol=0, atol=1e-5)
+
+
+def test_dropout_is_on_the_branch_alone():
+    """The frozen path sees the whole input, and so does the branch outside of training."""
+    linear, x = nn.Linear(6, 5), torch.randn(7, 6)
+    layer = CobraLinear.from_linear(linear, 3, scaling=2.0, dropout=0.5, gate_logit=0.4)
+    nn.init.normal_(layer.lora_B)
+    torch.manual_seed(5)
+    dropped = F.dropout(x, 0.5)
+    torch.manual_seed(5)
+    torch.testing.assert_close(layer(x), linear(x) + dropped @ layer.folded()[0].T @ layer.folded()[1].T)
+    torch.testing.assert_close(layer.eval()(x), linear(x) + x @ layer.folded()[0].T @ layer.folded()[1].T)
+
+
+@pytest.mark.parametrize("rank", [0, 6])
+def test_a_layer_holds_no_more_ranks_than_its_smaller_side(rank):
+    with pytest.raises(ValueError, match=rf"rank={rank} for a layer of 7 -> 5 features: expected 1 to 5"):
+        CobraLinear.from_linear(nn.Linear(7, 5), rank)
+    adapter = cobra.attach(Mlp(hidden=2), cobra.CobraConfig(rank_budget=4, r_max=16, gate="mean"))
+    assert [group.rank for group in adapter.groups] == [2, 2]
+
+
+# precision
+
+
+def test_half_precision_weights_train_in_fp32():
+    """Steps of 1e-4 vanish in bf16; the adapter keeps them, and the merge rounds the sum once."""
+    model, adapter = attached(lambda: vit().bfloat16(), dropout=0.1)
+    batch = BATCH | {"pixel_values": BATCH["pixel_values"].bfloat16()}
+    assert {p.dtype for layer in layers_of(adapter) for p in (layer.lora_A, layer.lora_B, layer.lora_gate)} == {torch.float32}
+    before = layers_of(adapter)[0].lora_A.detach().clone()
+    optimizer = torch.optim.AdamW(adapter.parameter_groups(lr=1e-5))
+    train(model, adapter, optimizer, [batch] * 3)
+    assert 0 < (layers_of(adapter)[0].lora_A - before).abs().max() < 1e-4
+    stir(adapter)
+    model.eval()
+    adapted = logits_of(model, batch)
+    exact = {
+        group.name: layer.weight.double() + torch.matmul(*(m.double() for m in reversed(layer.folded())))
+        for group, layer in zip(adapter.groups, layers_of(adapter), strict=True)
+    }
+    report = adapter.merge()
+    for name, weight in exact.items():
+        merged = model.get_submodule(name).weight
+        assert merged.dtype == torch.bfloat16
+        assert ((merged - weight).abs() <= weight.abs() * 2**-8 + 1e-6).all()  # half a unit in the last place
+    assert 1e-4 < report.worst_rounding_loss < 1e-1
+    torch.testing.assert_close(logits_of(model, batch), adapted, rtol=0.1, atol=0.1)
+    adapter.unmerge()
+    assert torch.equal(logits_of(model, batch), adapted)
+
+
+def test_autocast():
+    """Mixed precision runs the products in bf16 and leaves gradients in fp32."""
+    model, adapter = attached()
+    stir(adapter)
+    exact = logits_of(model, BATCH)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(**BATCH)
+        (outputs.loss + adapter.kl_loss()).backward()
+    assert not torch.equal(outputs.logits, exact)
+    torch.testing.assert_close(outputs.logits.float(), exact, rtol=0.1, atol=0.1)
+    assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
