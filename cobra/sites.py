@@ -124,10 +124,11 @@ def find_sites(model: nn.Module, target_modules: TargetModules = "all-linear") -
             raise ValueError("all-linear leaves out output heads, and no other linear layer is left; name target_modules")
     else:
         chosen = _matching(linears, target_modules)
+    modules = {id(module) for _, module in chosen}
     weights = {id(module.weight) for _, module in chosen}
-    names = {name for name, _ in chosen}
+    chosen = [(name, module) for name, module in linears if id(module) in modules]  # under all of its names
     for name, module in linears:
-        if name not in names and id(module.weight) in weights:
+        if id(module) not in modules and id(module.weight) in weights:
             raise ValueError(
                 f"{name} shares its weight with a target layer, and a merge would change it too; target both or none"
             )

@@ -176,3 +176,32 @@ def test_scores_that_do_not_fit(build, batch, settings, message):
     with pytest.raises(ValueError, match=message):
         cobra.attach(model, cobra.CobraConfig(rank_budget=6, r_max=2, gate="mean"), scores)
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_transformer_encoder_calls_its_adapters(masked):
+    """torch's encoder has a fast path in evaluation mode that reads weights and would leave adapters out."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(3, 5, 8)
+    mask = torch.arange(5).expand(3, 5) >= torch.tensor([[5], [3], [4]]) if masked else None
+    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=4, r_max=2, gate="mean"))
+    for group in adapter.groups:
+        nn.init.normal_(group.layers[0][0].lora_B)
+    model.eval()
+    with torch.no_grad():
+        adapted = model(x, src_key_padding_mask=mask)
+        adapter.merge()
+        merged = model(x, src_key_padding_mask=mask)
+    valid = slice(None) if mask is None else ~mask
+    torch.testing.assert_close(adapted[valid], merged[valid], rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_of_several_layers_trains_whole():
+    """DistilBERT's pre_classifier is as new as its classifier."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    config = DistilBertConfig(dim=8, hidden_dim=16, n_heads=2, n_layers=1, vocab_size=30)
+    adapter = cobra.attach(DistilBertForSequenceClassification(config), cobra.CobraConfig(rank_budget=4, gate="mean"))
+    assert set(adapter.heads) == {"pre_classifier", "classifier"}
+    assert not any("classifier" in group.name for group in adapter.groups)

@@ -257,7 +257,7 @@ X, Y = torch.zeros(2, 6), torch.tensor([0, 1])
         ([(X, Y, Y)], TypeError, "batch 0 is tuple; expected a mapping"),
         ([{"texts": ["fine", "dull"]}], ValueError, "batch 0 holds no tensors with a batch dimension"),
         ([{"a": X, "b": X, "labels": Y}], ValueError, r"cannot tell the model's input among \['a', 'b', 'labels'\]"),
-        ([(X.long(), Y)], ValueError, "input 0 is torch.int64 and Mlp has no input embeddings .* needs a floating-point input"),
+        ([(X.long(), Y)], ValueError, "input 0 is torch.int64 and Mlp has no input embeddings .* define get_input_embeddings"),
     ],
     ids=[
         "empty",

@@ -282,3 +282,27 @@ def test_killed_in_mid_write(tmp_path):
     stir(adapter)
     adapter.load_checkpoint(path)
     assert_same_bits(copied(adapter), expected)
+
+
+def test_scheduler_with_whole_number_keys(tmp_path):
+    """MultiStepLR keys its milestones by step: as JSON's text keys they would never be met again."""
+    run = Run.start(vit)
+    run.scheduler = torch.optim.lr_scheduler.MultiStepLR(run.optimizer, milestones=[2, 6], gamma=0.1)
+    run.advance(0, 3)
+    run.save(tmp_path / "run.cobra")
+    run.advance(3, TOTAL)
+    resumed = Run.start(vit)
+    resumed.scheduler = torch.optim.lr_scheduler.MultiStepLR(resumed.optimizer, milestones=[2, 6], gamma=0.1)
+    resumed.load(tmp_path / "run.cobra")
+    resumed.advance(3, TOTAL)
+    assert resumed.scheduler.get_last_lr() == run.scheduler.get_last_lr()
+    assert_same_bits(resumed.state()["adapter"], run.state()["adapter"])
+
+
+def test_settings_that_no_file_can_keep(tmp_path):
+    """A tensor among the optimizer's settings is named before anything is written."""
+    run = Run.start(vit)
+    run.optimizer.param_groups[0]["lr"] = torch.tensor(1e-2)
+    with pytest.raises(ValueError, match="holds a Tensor, which no checkpoint can keep"):
+        run.save(tmp_path / "run.cobra")
+    assert not any(tmp_path.iterdir())

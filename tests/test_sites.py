@@ -62,7 +62,7 @@ def test_all_linear_is_all_but_the_head(model):
         ("vit.head", True),
         ("heads.3", True),
         ("blocks.0.head", False),
-        ("pre_classifier", False),
+        ("pre_classifier", True),
         ("header", False),
     ],
 )
@@ -159,7 +159,12 @@ def test_one_weight_is_one_site():
     first, second = find_sites(model)
     assert [name for name, _ in first.modules] == ["a", "again"] and first.distinct_modules == [model.a]
     assert [name for name, _ in second.modules] == ["b", "c"] and second.distinct_modules == [model.b, model.c]
-    assert names(model, ("again",)) == ["again"]
+    assert [name for name, _ in find_sites(model, ("again",))[0].modules] == ["a", "again"]
+    with pytest.raises(ValueError, match="c shares its weight with a target layer"):
+        find_sites(model, ("b",))
+    computed = named(a=nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match=r"a.weight is computed \(a parametrization\)"):
+        find_sites(computed)
 
 
 def test_modules_that_are_not_called():
