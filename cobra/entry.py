@@ -24,7 +24,7 @@ class Entry:
         runs through the input
     key: of the input in the batch, where there are no `embeddings`
     baseline: "zero", "mean" (mean embedding of the vocabulary), "pad" (embedding of the padding token), or a tensor
-        broadcastable to the entry (B, ...)
+        broadcastable to one example's entry (1, ...)
     """
 
     embeddings: tuple[nn.Module, ...]

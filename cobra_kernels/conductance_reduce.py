@@ -12,6 +12,8 @@ builds them. Sums are fp32 (fp64 for fp64 inputs), also for half-precision tenso
 import torch
 from torch import Tensor
 
+from cobra_kernels.precision import full_precision
+
 BLOCK_ELEMENTS = 1 << 18  # points are taken a few at a time, so that their differences stay in a core's cache
 
 
@@ -40,7 +42,7 @@ def conductance_reduce(h: Tensor, grad: Tensor, q: Tensor) -> Tensor:
     h, grad = h.flatten(2), grad.flatten(2)
     rows = q.abs().sum(1).nonzero().flatten().tolist()
     size = max(1, BLOCK_ELEMENTS // max(1, h[0].numel()))
-    with torch.autocast(h.device.type, enabled=False):
+    with full_precision(h.device):
         for block in (rows[i : i + size] for i in range(0, len(rows), size)):
             columns = q[block].abs().sum(0).nonzero().flatten().tolist()
             # differences first, products second: the small differences of near-equal points keep their digits

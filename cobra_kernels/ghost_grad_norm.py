@@ -12,6 +12,8 @@ fp64 inputs, under autocast too.
 import torch
 from torch import Tensor
 
+from cobra_kernels.precision import full_precision
+
 CHUNK_ELEMENTS = 1 << 24
 
 
@@ -44,7 +46,7 @@ def ghost_grad_norm(x: Tensor, dy: Tensor) -> Tensor:
     N = dy.shape[2]
     gram = prefers_gram(T, K, N)
     chunk = max(1, CHUNK_ELEMENTS // max(1, T * T if gram else K * N))
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device):
         norms = [
             _gram(x[i : i + chunk], dy[i : i + chunk]) if gram else _direct(x[i : i + chunk], dy[i : i + chunk])
             for i in range(0, B, chunk)

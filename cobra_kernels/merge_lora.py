@@ -8,6 +8,8 @@ The sum is fp32 (fp64 for fp64 weights) and is rounded once to the weight's dtyp
 import torch
 from torch import Tensor
 
+from cobra_kernels.precision import full_precision
+
 
 def merge_lora_ref(weight: Tensor, lora_A: Tensor, lora_B: Tensor, z: Tensor | None = None, *, scaling: float = 1.0) -> Tensor:
     """The equation as it is written; arguments as in `merge_lora`."""
@@ -34,5 +36,5 @@ def merge_lora(weight: Tensor, lora_A: Tensor, lora_B: Tensor, z: Tensor | None 
         raise ValueError(f"z {tuple(z.shape)} is not one gate for each of {lora_A.shape[0]} ranks; token gates do not merge")
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     gated_B = lora_B.to(dtype) * (scaling if z is None else scaling * z.to(dtype))
-    with torch.autocast(weight.device.type, enabled=False):
+    with full_precision(weight.device):
         return torch.addmm(weight.to(dtype), gated_B, lora_A.to(dtype)).to(weight.dtype)

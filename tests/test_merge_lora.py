@@ -105,3 +105,15 @@ def test_shape_error(name, shape):
     inputs[name] = torch.ones(shape)
     with pytest.raises(ValueError, match=f"{name} \\({', '.join(map(str, shape))}"):
         merge_lora(**inputs)
+
+
+def test_reduced_matmul_precision_does_not_reach_the_sum():
+    """A training script's set_float32_matmul_precision is for its own products, and is as it was afterwards."""
+    weight, lora_A, lora_B = torch.randn(24, 40), torch.randn(4, 40), torch.randn(24, 4)
+    expected = merge_lora(weight, lora_A, lora_B)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(merge_lora(weight, lora_A, lora_B), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
