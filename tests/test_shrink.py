@@ -206,13 +206,16 @@ def test_an_optimizer_left_behind_is_noticed(build):
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_no_warning_where_the_optimizer_knows(passed):
+    """An optimizer that took part in the cut, or came after it, moves every matrix."""
     model, adapter, optimizer = searched()
     adapter.apply(adapter.extract(), optimizer if passed else None)
     if not passed:
         optimizer = torch.optim.AdamW(adapter.parameter_groups(lr=1e-3))
+    before = {name: layer.lora_B.detach().clone() for name, layer in layers_of(adapter).items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, adapter, optimizer, [BATCH] * 2)
+    assert not any(torch.equal(layer.lora_B, before[name]) for name, layer in layers_of(adapter).items())
 
 
 def test_schedulers_outlive_the_cut():
