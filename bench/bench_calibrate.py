@@ -19,7 +19,7 @@ POINTS = 50
 
 
 def run() -> list[Comparison]:
-    return [_at(1, 32, rounds=1), _at(8, 32, rounds=1)]
+    return [_at(1, 32, rounds=1), _at(8, 64, rounds=1)]
 
 
 def _at(rows: int, tokens: int, rounds: int) -> Comparison:
