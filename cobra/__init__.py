@@ -8,11 +8,14 @@
 from cobra._collision import warn_of_collision
 from cobra.adapter import Adapter
 from cobra.attach import attach
+from cobra.budget import Budget
 from cobra.calibrate import calibrate
 from cobra.config import CobraConfig
 from cobra.linear import CobraLinear
+from cobra.load import load_adapter
+from cobra.lora import LoraAdapter, combine
 from cobra.merge import MergeReport
-from cobra.plan import RankPlan
+from cobra.plan import RankPlan, plan_ranks
 from cobra.scores import LayerScores
 from cobra.storage import FormatError
 
@@ -20,14 +23,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "Budget",
     "CobraConfig",
     "CobraLinear",
     "FormatError",
     "LayerScores",
+    "LoraAdapter",
     "MergeReport",
     "RankPlan",
     "attach",
     "calibrate",
+    "combine",
+    "load_adapter",
+    "plan_ranks",
 ]
 
 warn_of_collision()

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cobra import checkpoint, shrink
+from cobra.budget import Budget, allocate
 from cobra.config import CobraConfig
 from cobra.linear import CobraLinear
-from cobra.merge import MergedSite, MergeReport, merge_site
-from cobra.plan import RankPlan, SitePlan, top_ranks
+from cobra.lora import LoraAdapter, LoraLayer
+from cobra.merge import Merge, MergeReport, check_merge_options, merge_layers, probe_outputs
+from cobra.plan import RankPlan, SitePlan, provenance, rank_cost
 from cobra.sites import Site, fingerprint
 from cobra_kernels import gate_kl, gate_kl_sampled, gate_noise
 
@@ -37,8 +39,9 @@ class Group:
     prior: float
 
     @property
-    def cost(self) -> int:
-        return sum(site.in_features + site.out_features for site in self.sites)
+    def shapes(self) -> list[tuple[int, int]]:
+        """(K, N) of every site."""
+        return [(site.in_features, site.out_features) for site in self.sites]
 
     @property
     def all_layers(self) -> list[CobraLinear]:
@@ -67,13 +70,16 @@ class Adapter:
         groups: list[Group],
         heads: dict[str, nn.Module],
         restore: list[str],
+        calibration: dict | None = None,
     ):
         self.model, self.config, self.groups, self.heads = model, config, groups, heads
+        self.calibration = calibration
         self.base_fingerprint = fingerprint([site for group in groups for site in group.sites])
         self.current_step = 0
         self.plan: RankPlan | None = None
         self._trainable_before = set(restore)
-        self._merged: dict[str, MergedSite] | None = None
+        self._dropped: list[Site] = []
+        self._merged: Merge | None = None
         self._mode_at_merge = model.training
         self._versions_at_cut: list[int] | None = None
         self._nesting = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
@@ -161,23 +167,36 @@ class Adapter:
 
     # the cut
 
-    def extract(self, budget: int | None = None) -> RankPlan:
-        """The exact top-R plan of the gate logits; changes nothing.
+    def extract(self, budget: int | Budget | None = None) -> RankPlan:
+        """The best gates a budget allows, by their posterior (`cobra.budget.allocate`); changes nothing.
 
-        budget: R, by default the config's
+        budget: ranks, or a `Budget` in another unit or with constraints; by default the config's
 
         Raises ValueError for a budget out of range and gates that are not finite.
         """
-        budget = self.config.rank_budget if budget is None else budget
-        scores = [self._gate_logits(group) for group in self.groups]
+        budget = Budget.of(self.config.rank_budget if budget is None else budget)
+        posteriors = [self._gate_logits(group).sigmoid() for group in self.groups]
+        diverged = [g.name for g, p in zip(self.groups, posteriors, strict=True) if not torch.isfinite(p).all()]
+        if diverged:
+            raise ValueError(f"{diverged[0]}: gates are not finite: the training diverged; lower the learning rate")
+        costs = [self._rank_cost(group, budget.unit) for group in self.groups]
+        allocation = allocate([g.name for g in self.groups], posteriors, costs, budget)
         return RankPlan(
             tuple(
-                SitePlan(g.name, tuple(s.name for s in g.sites), g.cost, tuple(kept), tuple(a.sigmoid().tolist()))
-                for g, kept, a in zip(self.groups, top_ranks(scores, budget), scores, strict=True)
+                SitePlan(
+                    g.name, tuple(s.name for s in g.sites), rank_cost("parameters", g.shapes), tuple(kept), tuple(p.tolist())
+                )
+                for g, kept, p in zip(self.groups, allocation.kept, posteriors, strict=True)
             ),
             "one" if self.config.gate == "open" else self.config.fold,
             self.base_fingerprint,
+            {**provenance("gates", budget, allocation), "step": self.current_step},
         )
+
+    def _rank_cost(self, group: Group, unit: str) -> int:
+        if unit == "flops":  # a weight that several modules use is multiplied by each of them
+            return rank_cost(unit, [(s.in_features, s.out_features) for s in group.sites for _ in s.modules])
+        return rank_cost(unit, group.shapes, group.layers[0][0].lora_A.element_size())
 
     def _gate_logits(self, group: Group) -> Tensor:
         gate = group.gate
@@ -215,6 +234,7 @@ class Adapter:
                 else:
                     removed += [layers[0].lora_A, layers[0].lora_B]
                     self._restore(base)
+                    self._dropped.append(base)
         if optimizer is not None:
             shrink.forget(optimizer, removed)
         self.groups = [group for group, site in zip(self.groups, plan.sites, strict=True) if site.kept]
@@ -243,48 +263,59 @@ class Adapter:
 
     # the end
 
-    def merge(self) -> MergeReport:
+    def merge(self, tolerance: float | None = None, above: str = "raise", probe: object = None) -> MergeReport:
         """Adds every update to its weight (fp32 sum, one rounding) and puts the base model's own modules back.
 
         Gates count as in evaluation mode. The model then has the base model's modules and state-dict keys; `unmerge` restores
-        the original bits. Raises ValueError if merged already.
+        the original bits.
+
+        tolerance: the largest share of a layer's update that rounding to the weight's dtype may lose (`rounding_loss`)
+        above: what becomes of a layer that loses more: "raise" (then nothing is merged), or "keep" (it stays unmerged)
+        probe: a batch; the report then says by how much the model's outputs on it moved in merging
+
+        Raises ValueError if merged already, where a sum is not finite, and for a layer above the tolerance.
         """
         if self._merged is not None:
             raise ValueError("the adapter is merged already")
-        done: dict[str, MergedSite] = {}
-        pairs = [pair for group in self.groups for pair in zip(group.sites, group.layers, strict=True)]
-        try:
-            for site, layers in pairs:
-                done[site.name] = merge_site(site, layers[0])
-        except BaseException:
-            for site, _ in pairs[: len(done)]:
-                done[site.name].restore(site)
-            raise
-        for site, _ in pairs:
+        check_merge_options(tolerance, above)
+        before = None if probe is None else probe_outputs(self.model, probe)
+        work = {
+            site.name: (site, LoraLayer(*layers[0].folded()))
+            for group in self.groups
+            for site, layers in zip(group.sites, group.layers, strict=True)
+        }
+        merged = merge_layers(list(work.values()), tolerance, above)
+        for site in merged.sites:
             self._restore(site)
-        self._set_nested_tensors(True)
-        self._merged, self._mode_at_merge = done, self.model.training
-        return MergeReport(tuple(merged.report for merged in done.values()))
+        self._set_nested_tensors(not merged.kept)
+        self._merged, self._mode_at_merge = merged, self.model.training
+        moved = None if before is None else (probe_outputs(self.model, probe) - before).abs().max().item()
+        return MergeReport(merged.reports, moved)
 
     def unmerge(self) -> None:
         """Restores the base weights bit for bit and puts the adapter back. Raises ValueError if not merged."""
         if self._merged is None:
             raise ValueError("the adapter is not merged")
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        foreign = [n for g in self.groups for s in g.sites for n, module in s.modules if modules.get(n) is not module]
+        foreign = [name for site in self._merged.sites for name, module in site.modules if modules.get(name) is not module]
         if foreign:
             raise ValueError(f"{foreign[0]} is not the module that was merged: another adapter is attached; detach() it first")
+        self._merged.undo()
+        merged = set(map(id, self._merged.sites))
         for group in self.groups:
             for site, layers in zip(group.sites, group.layers, strict=True):
-                self._merged[site.name].restore(site)
-                by_module = dict(zip(map(id, site.distinct_modules), layers, strict=True))
-                for name, module in site.modules:
-                    layer = by_module[id(module)]
-                    if self.model.training != self._mode_at_merge:
-                        layer.train(self.model.training)
-                    self.model.set_submodule(name, layer)
+                if id(site) in merged:
+                    self._put_back(site, layers)
         self._set_nested_tensors(False)
         self._merged = None
+
+    def _put_back(self, site: Site, layers: list[CobraLinear]) -> None:
+        by_module = dict(zip(map(id, site.distinct_modules), layers, strict=True))
+        for name, module in site.modules:
+            layer = by_module[id(module)]
+            if self.model.training != self._mode_at_merge:
+                layer.train(self.model.training)
+            self.model.set_submodule(name, layer)
 
     def detach(self) -> None:
         """Takes the adapter off without merging: the base model's modules and trainable flags as before `attach`.
@@ -317,11 +348,40 @@ class Adapter:
 
     # files
 
+    def to_lora(self) -> LoraAdapter:
+        """The adapter apart from the model, scaling and gates folded into lora_B: to save, combine or serve. Shares memory with
+        the model where nothing had to be computed.
+
+        Raises ValueError for a module that has several names, which a checkpoint cannot say.
+        """
+        layers: dict[str, LoraLayer] = {}
+        for group in self.groups:
+            for site, site_layers in zip(group.sites, group.layers, strict=True):
+                layers |= {name: LoraLayer(*layer.folded()) for name, layer in _named_layers(site, site_layers)}
+        for site in self._dropped:
+            empty = site.weight.new_empty
+            layers |= {name: LoraLayer(empty(0, site.in_features), empty(site.out_features, 0)) for name, _ in site.modules}
+        order = {name: i for i, (name, _) in enumerate(self.model.named_modules())}
+        layers = dict(sorted(layers.items(), key=lambda item: order.get(item[0], len(order))))
+        return LoraAdapter(
+            layers=layers,
+            heads={name: head.state_dict() for name, head in self.heads.items()},
+            transposed=any(layer.transposed for group in self.groups for layer in group.all_layers),
+            dropout=self.config.dropout,
+            ambiguous=any(other.endswith(f".{name}") for other in order for name in layers),
+            base_model=getattr(getattr(self.model, "config", None), "_name_or_path", None) or None,
+            provenance={
+                "fingerprint": self.base_fingerprint,
+                "step": self.current_step,
+                "config": self.config.to_dict(),
+                "plan": None if self.plan is None else self.plan.to_dict(),
+                "calibration": self.calibration,
+            },
+        )
+
     def save_pretrained(self, folder: Path | str, layout: str = "compact") -> None:
         """Writes a plain LoRA checkpoint that peft loads (`cobra.export.peft`)."""
-        from cobra.export.peft import save_pretrained
-
-        save_pretrained(self, folder, layout)
+        self.to_lora().save_pretrained(folder, layout)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor that training changes, by full name: matrices, gates and heads."""
@@ -338,3 +398,11 @@ class Adapter:
     def __repr__(self) -> str:
         state = "merged" if self._merged is not None else "cut" if self.plan else f"step {self.current_step}"
         return f"Adapter({len(self.groups)} groups, {self.trainable_parameters():,} parameters, {state})"
+
+
+def _named_layers(site: Site, layers: list[CobraLinear]) -> Iterator[tuple[str, CobraLinear]]:
+    """One name for each module; modules that share a weight get one copy of the adapter each."""
+    if len(site.modules) > len(site.distinct_modules):
+        names = " and ".join(name for name, _ in site.modules)
+        raise ValueError(f"{names} are one module, and peft would adapt it under its first name only; merge() instead")
+    return zip((name for name, _ in site.modules), layers, strict=True)

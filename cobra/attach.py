@@ -8,8 +8,11 @@ import torch
 from torch import nn
 
 from cobra.adapter import Adapter, Group
+from cobra.budget import Budget, allocate
 from cobra.config import CobraConfig
 from cobra.linear import CobraLinear
+from cobra.lora import LoraAdapter, LoraLayer, check_layer
+from cobra.plan import rank_cost
 from cobra.prior import fuse, prior_logits
 from cobra.scores import LayerScores
 from cobra.sites import Site, block_of, find_sites, fingerprint, task_heads
@@ -27,8 +30,7 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
     Raises ValueError for an adapter already attached, scores of another model or another granularity, a budget above
     capacity, unknown modules_to_save, and what `find_sites` raises; the model is then unchanged.
     """
-    if any(isinstance(module, CobraLinear) for module in model.modules()):
-        raise ValueError("an adapter is attached already; detach() or merge() it first")
+    _check_free(model)
     sites = find_sites(model, config.target_modules)
     if scores is not None:
         sites = _scored_sites(model, sites, config, scores)
@@ -36,19 +38,109 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
     for site in sites:
         members.setdefault(block_of(site.name) if config.granularity == "block" else site.name, []).append(site)
     ranks = [min(config.r_max, *(min(s.in_features, s.out_features) for s in group)) for group in members.values()]
-    _check_budget(config, ranks)
+    budget = Budget.of(config.rank_budget)
+    costs = [rank_cost(budget.unit, [(s.in_features, s.out_features) for s in group]) for group in members.values()]
+    allocate(list(members), [torch.ones(rank) for rank in ranks], costs, budget)  # says now what extract() would say later
     priors = _priors(list(members), config, scores)
     heads = _heads(model, config, sites)
+
+    scaling = config.scaling(budget.amount / sum(costs) if budget.unit != "ranks" else budget.amount / len(members))
 
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     model.requires_grad_(False)
     groups = [
-        _attach_group(model, config, index, name, group, ranks[index], priors[index], config.scaling(len(members)))
+        _attach_group(model, config, index, name, group, ranks[index], priors[index], scaling)
         for index, (name, group) in enumerate(members.items())
     ]
     for head in heads.values():
         head.requires_grad_(True)
-    return Adapter(model, config, groups, heads, trainable)
+    return Adapter(model, config, groups, heads, trainable, _calibration(scores, config))
+
+
+def attach_lora(model: nn.Module, lora: LoraAdapter) -> Adapter:
+    """Puts an adapter's matrices on its base model, all gates open and the scale 1 (it is in lora_B); heads are loaded.
+
+    Raises ValueError for an adapter already attached, and layers or heads that the model lacks or has in another shape; the
+    model is then unchanged.
+    """
+    _check_free(model)
+    layers = {name: layer for name, layer in lora.layers.items() if layer.rank}
+    if not layers:
+        raise ValueError("the adapter has no layer with a rank: there is nothing to attach")
+    for name, layer in layers.items():
+        check_layer(model, name, layer)
+    heads = {name: _head(model, name, state) for name, state in lora.heads.items()}
+    sites = find_sites(model, lambda name, module: name in layers)
+    for site in sites:
+        _check_one_update(site, layers)
+
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    for name, head in heads.items():
+        head.load_state_dict(lora.heads[name])
+        head.requires_grad_(True)
+    total, largest = sum(layer.rank for layer in layers.values()), max(layer.rank for layer in layers.values())
+    config = CobraConfig(
+        rank_budget=total,
+        r_max=min(largest, 1024),
+        gate="open",
+        dropout=lora.dropout,
+        target_modules=tuple(site.name for site in sites),
+        modules_to_save=tuple(heads),
+    )
+    groups = [
+        Group(
+            site.name,
+            i,
+            [site],
+            [_replace(model, site, CobraLinear.from_lora(site.module, layers[site.name], lora.dropout))],
+            0.0,
+        )
+        for i, site in enumerate(sites)
+    ]
+    return Adapter(model, config, groups, heads, trainable, lora.provenance.get("calibration"))
+
+
+def _check_free(model: nn.Module) -> None:
+    if any(isinstance(module, CobraLinear) for module in model.modules()):
+        raise ValueError("an adapter is attached already; detach() or merge() it first")
+
+
+def _head(model: nn.Module, name: str, state: dict[str, torch.Tensor]) -> nn.Module:
+    """The module whose weights the adapter brings."""
+    found = dict(model.named_modules()).get(name)
+    if found is None:
+        raise ValueError(f"the adapter brings a head {name!r}, which this model lacks")
+    shapes = {key: tuple(value.shape) for key, value in found.state_dict().items()}
+    brought = {key: tuple(value.shape) for key, value in state.items()}
+    if shapes != brought:
+        raise ValueError(
+            f"head {name!r} is {shapes} here and {brought} in the adapter; make the model with the adapter's labels"
+        )
+    return found
+
+
+def _check_one_update(site: Site, layers: dict[str, LoraLayer]) -> None:
+    """Modules that share a weight can have one update only."""
+    first = layers[site.name]
+    for name, _ in site.modules[1:]:
+        other = layers[name]
+        if other.rank != first.rank or not (
+            torch.equal(other.lora_A, first.lora_A) and torch.equal(other.lora_B, first.lora_B)
+        ):
+            raise ValueError(f"{site.name} and {name} share one weight here, and the adapter holds different updates for them")
+
+
+def _calibration(scores: LayerScores | None, config: CobraConfig) -> dict | None:
+    """What a reader of the adapter wants to know of the scores behind it."""
+    if scores is None:
+        return None
+    prior = fuse(scores.conductance, scores.gradient, config.fusion).tolist()
+    return {
+        "fingerprint": scores.fingerprint,
+        "settings": scores.settings,
+        "prior": dict(zip(scores.sites, prior, strict=True)),
+    }
 
 
 def _scored_sites(model: nn.Module, sites: list[Site], config: CobraConfig, scores: LayerScores) -> list[Site]:
@@ -78,15 +170,6 @@ def _scored_sites(model: nn.Module, sites: list[Site], config: CobraConfig, scor
     if not used:
         raise ValueError("the calibration saw none of the target layers used")
     return used
-
-
-def _check_budget(config: CobraConfig, ranks: list[int]) -> None:
-    capacity = sum(ranks)
-    if config.rank_budget > capacity:
-        raise ValueError(
-            f"rank_budget={config.rank_budget} is above the capacity {capacity} of {len(ranks)} {config.granularity}s "
-            f"with at most r_max={config.r_max} gates each; raise r_max or lower the budget"
-        )
 
 
 def _priors(names: list[str], config: CobraConfig, scores: LayerScores | None) -> list[float]:
@@ -145,13 +228,18 @@ def _attach_group(
         )
         if layers:
             first.lora_gate = layers[0][0].lora_gate
-        adapted = {id(site.module): first}
-        for module_name, module in site.modules:
-            if id(module) not in adapted:
-                adapted[id(module)] = CobraLinear.sharing(module, first)
-            model.set_submodule(module_name, adapted[id(module)])
-        layers.append(list(adapted.values()))
+        layers.append(_replace(model, site, first))
     return Group(name, index, sites, layers, prior)
+
+
+def _replace(model: nn.Module, site: Site, first: CobraLinear) -> list[CobraLinear]:
+    """Puts the layer, and one like it for every other module of the weight, into the model."""
+    adapted = {id(site.module): first}
+    for name, module in site.modules:
+        if id(module) not in adapted:
+            adapted[id(module)] = CobraLinear.sharing(module, first)
+        model.set_submodule(name, adapted[id(module)])
+    return list(adapted.values())
 
 
 def _generator(seed: int, site: str) -> torch.Generator:

@@ -146,6 +146,7 @@ class _Collected:
         return LayerScores(
             tuple(groups),
             tuple(tuple(sites[i].name for i in g) for g in groups.values()),
+            tuple(tuple((sites[i].in_features, sites[i].out_features) for i in g) for g in groups.values()),
             grouped.abs().mean(0).float(),
             gamma.float(),
             grouped.float(),

@@ -7,6 +7,7 @@ Gates need nothing more: they are a function of the step. The order of the data 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,7 +121,7 @@ def _check_same_run(adapter: Adapter, path: Path | str, meta: dict) -> None:
         raise ValueError(
             f"{path} is of another model: fingerprint {meta['fingerprint']}, this adapter's is {adapter.base_fingerprint}"
         )
-    ours = {k: list(v) if isinstance(v, tuple) else v for k, v in adapter.config.to_dict().items()}
+    ours = json.loads(json.dumps(adapter.config.to_dict()))
     changed = [k for k in ours if meta["config"].get(k) != ours[k]]
     if changed:
         k = changed[0]

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from cobra.budget import Budget
+
 TargetModules = str | tuple[str, ...] | Callable[[str, nn.Module], bool]
 
 CHOICES = {
@@ -27,7 +29,8 @@ CHOICES = {
 class CobraConfig:
     """How an adapter is attached, trained and cut. Defaults are the published form (COBRA, Eqs. 1-4) where it is stated.
 
-    rank_budget: R, the ranks kept in total; one gate of a group counts 1
+    rank_budget: R, the ranks kept in total, one gate of a group counting 1; or a `Budget` in parameters, bytes or FLOPs, with
+        ranks tied, in multiples or within limits
     r_max: gates per group during the search; a group never has more than its smallest layer dimension
     total_steps: optimizer steps until the temperature reaches its end; needed by gate="concrete"
     alpha: the update is scaled by alpha / (average rank of the budget, at least 1); None means a scale of 2.
@@ -47,7 +50,7 @@ class CobraConfig:
     seed: of lora_A's initialisation and of every gate
     """
 
-    rank_budget: int
+    rank_budget: int | Budget
     r_max: int = 16
     total_steps: int | None = None
     alpha: float | None = None
@@ -75,7 +78,12 @@ class CobraConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, choices))}")
-        _require(_is_int(self.rank_budget) and self.rank_budget >= 0, f"rank_budget={self.rank_budget!r}", "an integer >= 0")
+        if not isinstance(self.rank_budget, Budget):
+            _require(
+                _is_int(self.rank_budget) and self.rank_budget >= 0,
+                f"rank_budget={self.rank_budget!r}",
+                "an integer >= 0, or a Budget",
+            )
         _require(_is_int(self.r_max) and 1 <= self.r_max <= 1024, f"r_max={self.r_max!r}", "an integer from 1 to 1024")
         _require(_is_int(self.seed) and 0 <= self.seed < 2**64, f"seed={self.seed!r}", "an integer from 0 to 2**64 - 1")
         _require(0 <= self.dropout < 1, f"dropout={self.dropout!r}", "at least 0 and below 1")
@@ -105,13 +113,15 @@ class CobraConfig:
             return first + (last - first) * progress
         return max(last, first * (last / first) ** progress)
 
-    def scaling(self, groups: int) -> float:
-        """The fixed scale of the update for a budget spread over so many groups."""
-        return 2.0 if self.alpha is None else self.alpha / max(1.0, self.rank_budget / groups)
+    def scaling(self, average_rank: float) -> float:
+        """The fixed scale of the update, for the average rank of the budget."""
+        return 2.0 if self.alpha is None else self.alpha / max(1.0, average_rank)
 
     def to_dict(self) -> dict:
         """Plain values for JSON; a callable `target_modules` is named, not stored."""
-        values = dataclasses.asdict(self)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if isinstance(self.rank_budget, Budget):
+            values["rank_budget"] = self.rank_budget.to_dict()
         if callable(self.target_modules):
             values["target_modules"] = f"<{getattr(self.target_modules, '__qualname__', 'callable')}>"
         return values

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cobra.lora import LoraLayer
 from cobra.sites import is_conv1d, linear_weight
 from cobra_kernels import concrete_gates, gated_lora_linear
 
@@ -71,6 +72,17 @@ class CobraLinear(nn.Linear):
         layer.lora_gate = None
         if gate_logit is not None:
             layer.lora_gate = nn.Parameter(torch.full((rank,), gate_logit, dtype=dtype, device=weight.device))
+        layer._add_gate_buffers()
+        return layer
+
+    @classmethod
+    def from_lora(cls, linear: nn.Module, lora: LoraLayer, dropout: float = 0.0) -> CobraLinear:
+        """The adapted form with matrices that exist, all gates open; of any rank, the scale is in lora_B."""
+        layer = cls(linear.weight, linear.bias, transposed=is_conv1d(linear), scaling=1.0, dropout=dropout)
+        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        layer.lora_A = nn.Parameter(lora.lora_A.detach().to(layer.weight.device, dtype, copy=True))
+        layer.lora_B = nn.Parameter(lora.lora_B.detach().to(layer.weight.device, dtype, copy=True))
+        layer.lora_gate = None
         layer._add_gate_buffers()
         return layer
 

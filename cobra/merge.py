@@ -1,84 +1,187 @@
-"""Folding an adapter into plain weights and back, and the report of it."""
+"""Folding low-rank updates into plain weights and back, and the report of it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cobra.linear import CobraLinear
-from cobra.sites import Site, linear_weight
-from cobra_kernels import merge_lora
+from cobra.batch import Batch, model_device
+from cobra.lora import LoraLayer
+from cobra.sites import Site, is_conv1d, linear_weight
+
+ABOVE = ("raise", "keep")
+
+
+@dataclass
+class MergeItem:
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+
+
+@dataclass
+class MergeResult:
+    weight: Tensor
+    delta_squared: float
+    weight_squared: float
+    lost_squared: float
+    finite: bool
+
+
+def merge_lora_group(items, statistics):
+    from cobra_kernels import merge_lora
+
+    for i in items:
+        w = merge_lora(i.weight, i.lora_A, i.lora_B)
+        d = i.lora_B.double() @ i.lora_A.double()
+        lost = w.double() - i.weight.double() - d
+        s = lambda t: t.square().sum().item()
+        yield MergeResult(w, s(d), s(i.weight.double()), s(lost), bool(torch.isfinite(w).all()))
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """delta_norm: ‖ΔW‖, weight_norm: ‖W‖ (Frobenius); rounding_loss: ‖(W' - W) - ΔW‖ / ‖ΔW‖, what the weight's dtype lost."""
+    """delta_norm: ‖ΔW‖, weight_norm: ‖W‖ (Frobenius); rounding_loss: ‖(W' - W) - ΔW‖ / ‖ΔW‖, what the weight's dtype lost;
+    merged: False where it was above the tolerance and the layer stays unmerged."""
 
     name: str
     rank: int
     delta_norm: float
     weight_norm: float
     rounding_loss: float
+    merged: bool = True
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """One entry a merged layer."""
+    """One entry a layer. `logit_difference`: the largest change of an output on the probe batch, None without a probe."""
 
     sites: tuple[SiteReport, ...]
+    logit_difference: float | None = None
 
     @property
     def worst_rounding_loss(self) -> float:
-        return max((site.rounding_loss for site in self.sites), default=0.0)
+        """Over the merged layers."""
+        return max((site.rounding_loss for site in self.sites if site.merged), default=0.0)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Layers that stay unmerged."""
+        return tuple(site.name for site in self.sites if not site.merged)
 
     def table(self) -> str:
         width = max([len(s.name) for s in self.sites] + [5])
         lines = [f"{'site':<{width}}  rank  |update|/|weight|  lost to rounding"]
         lines += [
             f"{s.name:<{width}}  {s.rank:>4}  {s.delta_norm / max(s.weight_norm, 1e-30):>17.2e}  {s.rounding_loss:>16.1e}"
+            + ("" if s.merged else "  stays unmerged")
             for s in self.sites
         ]
         return "\n".join(lines)
 
+    def to_dataframe(self):
+        """One row a layer (needs pandas)."""
+        import pandas
+
+        return pandas.DataFrame([vars(site) for site in self.sites])
+
     def __repr__(self) -> str:
-        return f"MergeReport({len(self.sites)} layers, at most {self.worst_rounding_loss:.1e} of an update lost to rounding)"
+        kept = f", {len(self.kept)} stay unmerged" if self.kept else ""
+        moved = "" if self.logit_difference is None else f", outputs moved by at most {self.logit_difference:.1e}"
+        merged = len(self.sites) - len(self.kept)
+        return (
+            f"MergeReport({merged} layers, at most {self.worst_rounding_loss:.1e} of an update lost to rounding{kept}{moved})"
+        )
 
 
 @dataclass(frozen=True)
-class MergedSite:
-    """A merged layer and the way back. `original` is the base weight as stored."""
+class Merge:
+    """Merged layers and the way back: the original storage, or a copy of it where something else looks at it too."""
 
-    original: Tensor
-    report: SiteReport
+    sites: tuple[Site, ...]
+    originals: tuple[Tensor, ...]
+    reports: tuple[SiteReport, ...]
+    kept: bool
 
-    def restore(self, site: Site) -> None:
-        site.module.weight.data.copy_(self.original)
+    def undo(self) -> None:
+        for site, original in zip(self.sites, self.originals, strict=True):
+            _set_weight(site.module.weight, original)
+
+
+def check_merge_options(tolerance: float | None, above: str) -> None:
+    if above not in ABOVE:
+        raise ValueError(f"above={above!r} is not one of {', '.join(map(repr, ABOVE))}")
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance!r}: expected a share of the update, at least 0, or None")
 
 
 @torch.no_grad()
-def merge_site(site: Site, layer: CobraLinear) -> MergedSite:
-    """Writes W + s (B ∘ z) A into the base module's weight. Raises ValueError where the sum is not finite."""
-    weight, original = site.module.weight, site.module.weight.detach().clone()
-    base = linear_weight(site.module)
-    lora_A, lora_B = layer.folded()
-    merged = merge_lora(base, lora_A, lora_B)
-    report = _report(site.name, base, merged, lora_A, lora_B)
-    if not math.isfinite(report.rounding_loss):
-        raise ValueError(
-            f"{site.name}: the merged weight is not finite ({weight.dtype}); the adapter or the weight holds NaN or Inf"
+def merge_layers(work: Sequence[tuple[Site, LoraLayer]], tolerance: float | None, above: str) -> Merge:
+    """Writes W + ΔW into the modules of the sites, all of them or, where one raises, none."""
+    results = list(
+        merge_lora_group(
+            [MergeItem(linear_weight(site.module), layer.lora_A, layer.lora_B) for site, layer in work], statistics=True
         )
-    weight.data.copy_(merged.t() if layer.transposed else merged)
-    return MergedSite(original, report)
+    )
+    reports = [_report(site, layer, result, tolerance) for (site, layer), result in zip(work, results, strict=True)]
+    lossy = [r for r in reports if not r.merged]
+    if lossy and above == "raise":
+        worst = max(lossy, key=lambda r: r.rounding_loss)
+        raise ValueError(
+            f"{worst.name}: rounding to {linear_weight(work[reports.index(worst)][0].module).dtype} would lose "
+            f"{worst.rounding_loss:.0%} of the update, the tolerance is {tolerance:.0%} ({len(lossy)} layers are above it); "
+            "merge with above='keep', or into an fp32 copy of the model"
+        )
+    done = [i for i, report in enumerate(reports) if report.merged]
+    originals = tuple(_replace_weight(work[i][0].module, results[i].weight) for i in done)
+    return Merge(tuple(work[i][0] for i in done), originals, tuple(reports), kept=bool(lossy))
 
 
-def _report(name: str, base: Tensor, merged: Tensor, lora_A: Tensor, lora_B: Tensor) -> SiteReport:
-    # ‖B A‖² = ⟨Bᵀ B, A Aᵀ⟩ needs no (N, K) product
-    gram_A, gram_B = (lora_A @ lora_A.t()).cpu().double(), (lora_B.t() @ lora_B).cpu().double()
-    delta_norm = (gram_A * gram_B).sum().clamp(min=0).sqrt().item()
-    lost = merged.to(lora_B.dtype) - base.to(lora_B.dtype)
-    lost = lost.addmm_(lora_B, lora_A, alpha=-1).norm().item()
-    relative = lost / delta_norm if delta_norm else lost
-    return SiteReport(name, lora_A.shape[0], delta_norm, base.norm().item(), relative)
+@torch.no_grad()
+def probe_outputs(model: nn.Module, values: object) -> Tensor:
+    """The model's logits on a batch in evaluation mode, fp32 on the CPU; the mode is put back."""
+    batch, modes = Batch.from_loader(values, model_device(model), 0), [(m, m.training) for m in model.modules()]
+    try:
+        outputs = batch.forward(model.eval())
+    finally:
+        for module, training in modes:
+            module.training = training
+    found = getattr(outputs, "logits", None)
+    if found is None:
+        found = outputs if isinstance(outputs, Tensor) else next(v for v in outputs.values() if isinstance(v, Tensor))
+    return found.float().cpu()
+
+
+def _report(site: Site, layer: LoraLayer, result: MergeResult, tolerance: float | None) -> SiteReport:
+    if not result.finite:
+        raise ValueError(
+            f"{site.name}: the merged weight is not finite ({result.weight.dtype}); the adapter or the weight holds NaN or Inf"
+        )
+    lost = math.sqrt(result.lost_squared / result.delta_squared) if result.delta_squared else 0.0
+    merged = tolerance is None or lost <= tolerance
+    return SiteReport(site.name, layer.rank, math.sqrt(result.delta_squared), math.sqrt(result.weight_squared), lost, merged)
+
+
+def _replace_weight(module: nn.Module, merged: Tensor) -> Tensor:
+    """The old weight; no copy where its storage can be exchanged."""
+    merged = merged.t() if is_conv1d(module) else merged
+    original = module.weight.data if _exchangeable(module.weight, merged) else module.weight.data.clone()
+    _set_weight(module.weight, merged)
+    return original
+
+
+def _set_weight(weight: nn.Parameter, value: Tensor) -> None:
+    if _exchangeable(weight, value):
+        weight.data = value
+    else:
+        weight.data.copy_(value)
+
+
+def _exchangeable(weight: nn.Parameter, value: Tensor) -> bool:
+    """Whether another tensor can take the parameter's place: not where it is a slice of a larger buffer, which must stay one."""
+    alike = value.dtype == weight.dtype and value.device == weight.device and value.stride() == weight.stride()
+    return alike and weight.untyped_storage().nbytes() == weight.nbytes

@@ -1,51 +1,33 @@
-"""Which ranks are kept: the exact cut, and the plan that records it."""
+"""Which ranks are kept: the plan that records it, and plans made from scores alone."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from cobra import storage
+from cobra.budget import Allocation, Budget, allocate
 from cobra.config import CHOICES
+from cobra.prior import fuse, prior_logits
+from cobra.scores import LayerScores
 
 KIND = "rank plan"
 
 
-def top_ranks(scores: list[Tensor], budget: int) -> list[list[int]]:
-    """The `budget` best gates over all groups, exactly, also with ties.
+def rank_cost(unit: str, shapes: Iterable[tuple[int, int]], element_size: int = 4) -> int:
+    """What one rank of a group costs in a budget's unit.
 
-    Equal gates are taken one index at a time round the groups, so that equal scores give even ranks.
+    shapes: (K, N) of every layer of the group
+    element_size: bytes of one trained value
 
-    scores: per group, (r,)
-
-    out: per group, the kept indices in ascending order
-
-    Raises ValueError for a budget below 0 or above the number of gates, and scores that are not finite.
+    out: ranks: 1; parameters: Σ (K + N); bytes: those times element_size; flops: 2 Σ (K + N), forward, per token, unmerged
     """
-    capacity = sum(len(s) for s in scores)
-    if not 0 <= budget <= capacity:
-        raise ValueError(
-            f"budget={budget}: expected 0 to {capacity}, the capacity of {len(scores)} groups; raise r_max for more"
-        )
-    if not scores:
-        return []
-    flat = torch.cat([s.detach().double().cpu() for s in scores])
-    if not torch.isfinite(flat).all():
-        raise ValueError(
-            f"{int((~torch.isfinite(flat)).sum())} gate scores are not finite: the training diverged; lower the learning rate"
-        )
-    group = torch.cat([torch.full((len(s),), g) for g, s in enumerate(scores)])
-    index = torch.cat([torch.arange(len(s)) for s in scores])
-    by_round = torch.argsort(index, stable=True)
-    order = by_round[torch.argsort(flat[by_round], descending=True, stable=True)][:budget]
-    kept: list[list[int]] = [[] for _ in scores]
-    for g, k in zip(group[order].tolist(), index[order].tolist(), strict=True):
-        kept[g].append(k)
-    return [sorted(ks) for ks in kept]
+    parameters = sum(K + N for K, N in shapes)
+    return {"ranks": 1, "parameters": parameters, "bytes": parameters * element_size, "flops": 2 * parameters}[unit]
 
 
 @dataclass(frozen=True)
@@ -55,7 +37,7 @@ class SitePlan:
     members: layer names
     cost: trainable parameters of one rank, Σ (K + N) over the members
     kept: indices into the group's gates
-    posterior: sigmoid of every gate's logit
+    posterior: probability of every gate, sigmoid of its logit; before any training that is its prior
     """
 
     name: str
@@ -71,11 +53,18 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """The ranks of every group. `fingerprint` is the base model's; `fold` is what a kept rank is multiplied with."""
+    """The ranks of every group.
+
+    fold: what a kept rank is multiplied with, CobraConfig's
+    fingerprint: of the base model
+    provenance: how the plan came about: its source ("gates" or "scores"), the budget, what of it was spent, and whether no
+        allocation under that budget keeps more
+    """
 
     sites: tuple[SitePlan, ...]
     fold: str
     fingerprint: str
+    provenance: dict = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -84,7 +73,7 @@ class RankPlan:
 
     @property
     def total(self) -> int:
-        """Ranks kept, one per group and gate: the budget's unit."""
+        """Ranks kept, one per group and gate."""
         return sum(site.rank for site in self.sites)
 
     @property
@@ -104,8 +93,8 @@ class RankPlan:
                 SitePlan(s["name"], tuple(s["members"]), s["cost"], tuple(s["kept"]), tuple(s["posterior"]))
                 for s in value["sites"]
             )
-            plan = cls(sites, value["fold"], value["fingerprint"])
-        except (KeyError, TypeError) as error:
+            plan = cls(sites, value["fold"], value["fingerprint"], dict(value.get("provenance", {})))
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a complete rank plan: {error!r}") from error
         for s in plan.sites:
             if [k for k in range(len(s.posterior)) if k in s.kept] != list(s.kept):
@@ -127,8 +116,48 @@ class RankPlan:
         except ValueError as error:
             raise storage.FormatError(f"{path}: {error}") from error
 
+    def to_peft_config(self, scaling: float = 2.0, **settings):
+        """A peft.LoraConfig of these ranks, to train them with peft and every trainer that takes its configs.
+
+        scaling: alpha / r of every layer, whatever its rank; settings: further fields of LoraConfig
+        """
+        from cobra.export.config import peft_config
+
+        return peft_config(self, scaling, **settings)
+
+    def to_axolotl(self, scaling: float = 2.0) -> dict:
+        """The adapter keys of an axolotl configuration, to be written as YAML."""
+        from cobra.export.config import axolotl_keys
+
+        return axolotl_keys(self, scaling)
+
+    def to_dataframe(self):
+        """One row a layer: layer, group, rank, gates, posterior of its weakest kept gate, parameters of one rank of the group (needs
+        pandas)."""
+        import pandas
+
+        rows = [
+            {
+                "layer": member,
+                "group": site.name,
+                "rank": site.rank,
+                "gates": len(site.posterior),
+                "least_kept": min((site.posterior[k] for k in site.kept), default=None),
+                "rank_parameters": site.cost,
+            }
+            for site in self.sites
+            for member in site.members
+        ]
+        return pandas.DataFrame(rows)
+
+    def plot(self, path: Path | str | None = None):
+        """The ranks as a heat map, layer by module (needs matplotlib)."""
+        from cobra.report.plots import rank_heatmap
+
+        return rank_heatmap(self, path)
+
     def table(self) -> str:
-        """One line a group: rank, certainty of the weakest kept and the strongest dropped gate, parameters."""
+        """One line a group: rank, certainty of the weakest kept and the strongest dropped gate, parameters; then the budget."""
         width = max([len(s.name) for s in self.sites] + [5])
         lines = [f"{'site':<{width}}  rank  least kept  best dropped  parameters"]
         for s in self.sites:
@@ -138,6 +167,8 @@ class RankPlan:
             best = f"{max(dropped):.3f}" if dropped else "-"
             lines.append(f"{s.name:<{width}}  {s.rank:>4}  {least:>10}  {best:>12}  {s.rank * s.cost:>10,}")
         lines.append(f"{'total':<{width}}  {self.total:>4}  {'':>10}  {'':>12}  {self.parameters:>10,}")
+        if self.provenance.get("allocation"):
+            lines.append(self.provenance["allocation"])
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -146,3 +177,45 @@ class RankPlan:
             f"RankPlan({self.total} ranks over {len(ranks)} groups, {min(ranks, default=0)} to {max(ranks, default=0)} each, "
             f"{self.parameters:,} parameters)"
         )
+
+
+def provenance(source: str, budget: Budget, allocation: Allocation) -> dict:
+    """How a plan came about."""
+    return {
+        "source": source,
+        "budget": budget.to_dict(),
+        "spent": allocation.spent,
+        "optimal": allocation.optimal,
+        "allocation": str(allocation),
+    }
+
+
+def plan_ranks(scores: LayerScores, budget: int | Budget, r_max: int = 64, fusion: str = "product") -> RankPlan:
+    """Ranks from a calibration alone, for training with any tool: shares of the budget in proportion to the prior.
+
+    The k-th rank of a group counts pi / (k - 1/2), so that `allocate` hands out ranks by the method of Sainte-Laguë: in
+    proportion to pi, rounded to whole ranks, exactly up to the budget.
+
+    r_max: the largest rank of a group
+    fusion: as in CobraConfig
+
+    Raises ValueError for budgets that `allocate` refuses.
+    """
+    budget = Budget.of(budget)
+    pi = fuse(scores.conductance, scores.gradient, fusion).double()
+    sizes = [min(r_max, *(min(shape) for shape in shapes)) for shapes in scores.shapes]
+    shares = [p / (torch.arange(size, dtype=torch.float64) + 0.5) for p, size in zip(pi, sizes, strict=True)]
+    costs = [rank_cost(budget.unit, shapes) for shapes in scores.shapes]
+    allocation = allocate(list(scores.sites), shares, costs, budget)
+    prior = prior_logits(pi, 5.0, "literal").sigmoid().tolist()
+    return RankPlan(
+        tuple(
+            SitePlan(name, members, rank_cost("parameters", shapes), tuple(kept), (probability,) * size)
+            for name, members, shapes, kept, probability, size in zip(
+                scores.sites, scores.members, scores.shapes, allocation.kept, prior, sizes, strict=True
+            )
+        ),
+        "one",
+        scores.fingerprint,
+        provenance("scores", budget, allocation),
+    )

@@ -37,6 +37,7 @@ class LayerScores:
 
     sites: G names, of single layers or, at block granularity, of blocks
     members: the layers in each group
+    shapes: (K, N) of each of those layers
     conductance: (G,) phi, the mean over examples of |A(x)|
     gradient: (G,) Gamma, the root mean square over examples of the gradient norm
     attributions: (n, G) signed A(x), fp32
@@ -48,6 +49,7 @@ class LayerScores:
 
     sites: tuple[str, ...]
     members: tuple[tuple[str, ...], ...]
+    shapes: tuple[tuple[tuple[int, int], ...], ...]
     conductance: Tensor
     gradient: Tensor
     attributions: Tensor
@@ -74,6 +76,7 @@ class LayerScores:
         meta = {
             "sites": self.sites,
             "members": self.members,
+            "shapes": self.shapes,
             "completeness": dataclasses.asdict(self.completeness),
             "unused": self.unused,
             "settings": self.settings,
@@ -91,6 +94,7 @@ class LayerScores:
             {
                 "sites": lambda v: isinstance(v, list) and len(v) > 0,
                 "members": lambda v: isinstance(v, list) and len(v) == len(meta["sites"]),
+                "shapes": lambda v: isinstance(v, list) and list(map(len, v)) == list(map(len, meta["members"])),
                 "completeness": lambda v: isinstance(v, dict) and v.keys() == {"path", "sites", "change"},
                 "unused": lambda v: isinstance(v, dict),
                 "settings": lambda v: isinstance(v, dict) and v.keys() >= {*_SETTINGS},
@@ -105,6 +109,7 @@ class LayerScores:
         return cls(
             tuple(meta["sites"]),
             tuple(map(tuple, meta["members"])),
+            tuple(tuple(map(tuple, group)) for group in meta["shapes"]),
             tensors["conductance"],
             tensors["gradient"],
             tensors["attributions"],

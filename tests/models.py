@@ -185,9 +185,9 @@ def train(model: nn.Module, adapter, optimizer, batches, scheduler=None) -> None
 
 
 @torch.no_grad()
-def stir(adapter) -> None:
+def stir(adapter, seed: int = 1) -> None:
     """Moves everything that trains away from its start, so that every matrix, gate and KL term counts."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     for tensor in adapter.state_dict().values():
         tensor += 0.3 * torch.randn(tensor.shape, generator=generator).to(tensor)
 

@@ -15,7 +15,7 @@ from cobra import storage
 from cobra.plan import RankPlan
 
 LAYOUTS = pytest.mark.parametrize("layout", ["compact", "padded"])
-FILES = {"adapter_config.json", "adapter_model.safetensors", "cobra.json"}
+FILES = {"adapter_config.json", "adapter_model.safetensors", "cobra.json", "README.md"}
 
 
 def cut_adapter(build=vit, budget: int = 8, **changes):
@@ -71,10 +71,13 @@ def test_compact_config(tmp_path):
 
 
 def test_padded_config(tmp_path):
-    """One rank for all, for engines that read only one."""
+    """One rank for all, rank 0 too, for engines that read only one and want all of a layer's projections."""
     _, adapter = cut_adapter()
     adapter.save_pretrained(tmp_path / "a", layout="padded")
     config, tensors = read(tmp_path / "a")
+    assert config["target_modules"] == list(adapter.plan.ranks) and 0 in adapter.plan.ranks.values()
+    dropped = [name for name, rank in adapter.plan.ranks.items() if not rank]
+    assert not any(tensors[f"base_model.model.{name}.lora_{x}.weight"].any() for name in dropped for x in "AB")
     assert config["r"] == config["lora_alpha"] == max(adapter.plan.ranks.values())
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
     assert {t.shape[0] for key, t in tensors.items() if "lora_A" in key} == {config["r"]}
@@ -95,6 +98,8 @@ def test_scale_and_gates_are_folded(layout, cut, tmp_path):
     assert config["target_modules"]
     for name in config["target_modules"]:
         layer = model.get_submodule(name)
+        if not isinstance(layer, cobra.CobraLinear):
+            continue
         gates = 1 if layer.lora_gate is None else layer.lora_gate.sigmoid()
         expected = 5 / (9 / 8) * (layer.lora_B * gates) @ layer.lora_A
         found = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "BA")
@@ -200,6 +205,7 @@ def test_provenance(tmp_path):
     adapter.move_to_step(7)
     adapter.save_pretrained(tmp_path / "a", "padded")
     value = storage.read_json(tmp_path / "a" / "cobra.json", "adapter provenance")
+    assert value["calibration"] is None
     assert RankPlan.from_dict(value["plan"]) == adapter.plan
     assert value["config"]["r_max"] == 4
     assert (value["layout"], value["step"], value["fingerprint"]) == ("padded", 7, adapter.base_fingerprint)
@@ -238,6 +244,25 @@ def test_foreign_folders_are_refused(tmp_path):
     assert [p.read_text() for p in tmp_path.iterdir()] == ["keep me"]
 
 
+def test_a_readme_alone_is_not_an_adapter(tmp_path):
+    (tmp_path / "README.md").write_text("my project")
+    _, adapter = cut_adapter()
+    with pytest.raises(ValueError, match=r"holds other files \(README\.md\)"):
+        adapter.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my project"
+
+
+def test_calibration_travels(tmp_path):
+    """The scores behind the ranks are named by their fingerprint, with the prior they made."""
+    model = vit()
+    scores = cobra.calibrate(model, [image_batch()], steps=4, progress=False)
+    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=8, r_max=4, gate="mean"), scores)
+    adapter.save_pretrained(tmp_path / "a")
+    calibration = storage.read_json(tmp_path / "a" / "cobra.json", "adapter provenance")["calibration"]
+    assert calibration["fingerprint"] == scores.fingerprint and calibration["settings"] == scores.settings
+    assert list(calibration["prior"]) == list(scores.sites) and sum(calibration["prior"].values()) == pytest.approx(1)
+
+
 def test_an_older_export_is_replaced(tmp_path):
     cut_adapter(gpt2)[1].save_pretrained(tmp_path / "a")
     _, adapter = cut_adapter(vit)
@@ -248,7 +273,7 @@ def test_an_older_export_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-@pytest.mark.parametrize("calls", range(5))
+@pytest.mark.parametrize("calls", range(6))
 def test_a_crash_in_mid_write(calls, error, tmp_path, monkeypatch):
     """Wherever it is interrupted, the old folder is there, whole, and nothing else."""
     folder = tmp_path / "a"
@@ -257,7 +282,7 @@ def test_a_crash_in_mid_write(calls, error, tmp_path, monkeypatch):
     _, adapter = cut_adapter(vit)
     replace, left = os.replace, [calls]
 
-    def interrupted(source, target):  # three files into the new folder, the old folder away, the new one into its place
+    def interrupted(source, target):  # four files into the new folder, the old folder away, the new one into its place
         left[0] -= 1
         if left[0] == -1:
             raise error("interrupted")

@@ -4,7 +4,24 @@ import copy
 
 import pytest
 import torch
-from models import attached, image_batch, layers_of, logits_of, state_of, stir
+from models import (
+    attached,
+    gpt2,
+    image_batch,
+    layers_of,
+    logits_of,
+    minilm,
+    review_batch,
+    smollm2,
+    state_of,
+    stir,
+    token_batch,
+    vit,
+)
+from torch import nn
+
+import cobra
+from cobra import CobraLinear
 
 BATCH = image_batch()
 
@@ -70,3 +87,138 @@ def test_merge_report():
     assert 0 < report.worst_rounding_loss < 1e-6
     assert len(report.table().splitlines()) == 13
     assert repr(report).startswith("MergeReport(12 layers, at most ")
+
+
+@pytest.mark.parametrize(("build", "batch"), [(vit, image_batch()), (gpt2, token_batch()), (minilm, review_batch())])
+def test_probe(build, batch):
+    """The report says what a look at the logits says."""
+    model, adapter = attached(build)
+    stir(adapter)
+    model.eval()
+    before = logits_of(model, batch)
+    model.train()
+    report = adapter.merge(probe=batch)
+    assert all(module.training for module in model.modules())
+    model.eval()
+    assert report.logit_difference == (logits_of(model, batch) - before).abs().max().item() < 1e-4
+    assert "outputs moved by at most" in repr(report)
+
+
+def small_updates(dtype=torch.bfloat16):
+    """An adapter whose updates grow from layer to layer, on a half-precision base."""
+    model, adapter = attached(lambda: vit().to(dtype))
+    stir(adapter)
+    with torch.no_grad():
+        for i, layer in enumerate(layers_of(adapter)):
+            layer.lora_B.mul_(10.0 ** (i / 2 - 6))
+    return model.eval(), adapter
+
+
+def test_layers_above_the_tolerance_stay_unmerged():
+    """They go on as adapters, and the model computes what it did, to within what the others lost."""
+    model, adapter = small_updates()
+    before, state = logits_of(model, image_batch()), state_of(model)
+    report = adapter.merge(tolerance=0.2, above="keep")
+    assert 0 < len(report.kept) < 12
+    assert all(site.merged == (site.rounding_loss <= 0.2) for site in report.sites)
+    assert report.worst_rounding_loss <= 0.2 < max(site.rounding_loss for site in report.sites)
+    kinds = {name: isinstance(model.get_submodule(name), CobraLinear) for name in (site.name for site in report.sites)}
+    assert kinds == {site.name: not site.merged for site in report.sites}
+    torch.testing.assert_close(logits_of(model, image_batch()), before, rtol=2e-2, atol=2e-2)
+    assert f"{len(report.kept)} stay unmerged" in repr(report) and "stays unmerged" in report.table()
+    adapter.unmerge()
+    assert state_of(model) == state
+
+
+def test_a_tolerance_that_raises_merges_nothing():
+    model, adapter = small_updates()
+    state = state_of(model)
+    with pytest.raises(ValueError, match=r"rounding to torch\.bfloat16 would lose \d+% of the update, the tolerance is 20%"):
+        adapter.merge(tolerance=0.2)
+    assert state_of(model) == state
+    assert not adapter.merge().kept
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"above": "skip"}, "above='skip' is not one of"), ({"tolerance": -1}, "at least 0")]
+)
+def test_unknown_options(options, message):
+    _, adapter = attached()
+    with pytest.raises(ValueError, match=message):
+        adapter.merge(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_report_measures_the_rounding(dtype):
+    """The loss is that of the weights as they are now, against the update in fp64."""
+    model, adapter = small_updates(dtype)
+    work = [(layer.weight.detach().double(), layer.folded()) for layer in layers_of(adapter)]
+    report = adapter.merge()
+    for (base, (lora_A, lora_B)), site in zip(work, report.sites, strict=True):
+        delta = lora_B.double() @ lora_A.double()
+        lost = ((model.get_submodule(site.name).weight.detach().double() - base) - delta).norm() / delta.norm()
+        assert site.rounding_loss == pytest.approx(lost.item(), rel=1e-3)
+        assert site.delta_norm == pytest.approx(delta.norm().item(), rel=1e-5)
+
+
+def test_weights_that_are_slices_stay_slices():
+    """A parameter that is part of a larger buffer is written in place, and comes back to the bit."""
+
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.buffer = torch.randn(8, 6)
+            self.one, self.two = nn.Linear(6, 4, bias=False), nn.Linear(6, 4, bias=False)
+            self.one.weight.data, self.two.weight.data = self.buffer[:4], self.buffer[4:]
+
+    model, adapter = attached(Fused, rank_budget=4, r_max=2)
+    stir(adapter)
+    before = model.buffer.clone()
+    adapter.merge()
+    assert torch.equal(model.buffer, torch.cat([model.one.weight, model.two.weight])) and not torch.equal(model.buffer, before)
+    adapter.unmerge()
+    assert torch.equal(model.buffer, before)
+
+
+def test_the_model_may_move_between_merge_and_unmerge():
+    """Another dtype, another device: the base weights come back as far as the new dtype holds them."""
+    model, adapter = attached()
+    stir(adapter)
+    base = {name: p.clone() for name, p in model.named_parameters() if name.endswith("q_proj.weight")}
+    adapter.merge()
+    model.bfloat16()
+    adapter.unmerge()
+    assert all(torch.equal(model.get_parameter(name), p.bfloat16()) for name, p in base.items())
+
+
+@pytest.mark.parametrize("build", [vit, gpt2, smollm2], ids=["vit", "gpt2", "smollm2"])
+def test_a_merged_model_is_saved_by_its_own_class(build, tmp_path):
+    """save_pretrained of the base class writes the merged weights, and from_pretrained reads them into plain layers."""
+    model, adapter = attached(build)
+    stir(adapter)
+    adapter.merge()
+    model.eval()
+    batch = image_batch() if build is vit else token_batch()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert not any(isinstance(module, CobraLinear) for module in loaded.modules())
+    assert torch.equal(logits_of(loaded, batch), logits_of(model, batch))
+
+
+def test_report_as_a_dataframe():
+    _, adapter = attached()
+    stir(adapter)
+    frame = adapter.merge().to_dataframe()
+    assert len(frame) == 12 and {"name", "rank", "delta_norm", "weight_norm", "rounding_loss", "merged"} == set(frame.columns)
+
+
+def test_merge_of_a_search_state_and_of_combined_adapters_report_alike():
+    """One adapter merged through the combination of itself is the same merge."""
+    model, adapter = attached()
+    stir(adapter)
+    lora = adapter.to_lora()
+    adapter.merge()
+    other = vit()
+    cobra.combine([(lora, 1.0)]).attach(other).merge()
+    assert all(torch.equal(model.get_submodule(name).weight, other.get_submodule(name).weight) for name in lora.layers)

@@ -1,15 +1,14 @@
-"""The exact cut, and the plan as a value and as a file."""
+"""The plan as a value, as a file, in the words of other trainers, and made from scores alone."""
 
 import json
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from models import Mlp, gpt2, vit
+from models import Mlp, gpt2, minilm, review_batch, smollm2, vit
 
 import cobra
-from cobra.plan import RankPlan, SitePlan, top_ranks
+from cobra import Budget
+from cobra.plan import RankPlan, SitePlan, plan_ranks, rank_cost
 
 PLAN = RankPlan(
     (
@@ -21,61 +20,6 @@ PLAN = RankPlan(
 )
 
 FIRST = PLAN.to_dict()["sites"][0]
-
-groups_of_scores = st.lists(st.lists(st.integers(-2, 2).map(float), min_size=1, max_size=6), min_size=1, max_size=6)
-
-
-def brute_force(scores: list[list[float]], budget: int) -> list[list[int]]:
-    """Sorts every gate: the best first, equal ones by index and then by group."""
-    gates = sorted((-value, k, g) for g, values in enumerate(scores) for k, value in enumerate(values))[:budget]
-    return [sorted(k for _, k, owner in gates if owner == g) for g in range(len(scores))]
-
-
-@settings(deadline=None)
-@given(groups_of_scores, st.data())
-def test_top_ranks_is_the_brute_force(scores, data):
-    budget = data.draw(st.integers(0, sum(map(len, scores))))
-    kept = top_ranks([torch.tensor(values) for values in scores], budget)
-    assert kept == brute_force(scores, budget)
-    assert sum(map(len, kept)) == budget
-
-
-def test_extremes():
-    """Nothing, everything, and no groups at all are plans too."""
-    scores = [torch.randn(3), torch.randn(5)]
-    assert top_ranks(scores, 0) == [[], []]
-    assert top_ranks(scores, 8) == [[0, 1, 2], [0, 1, 2, 3, 4]]
-    assert top_ranks([], 0) == []
-
-
-def test_equal_scores_give_even_ranks():
-    """Untrained gates must not favour the layers that come first."""
-    assert [len(kept) for kept in top_ranks([torch.zeros(4)] * 5, 10)] == [2] * 5
-    assert [len(kept) for kept in top_ranks([torch.zeros(4)] * 5, 12)] == [3, 3, 2, 2, 2]
-
-
-def test_ties_are_spread_round_the_groups():
-    """Ties at the threshold are shared out; what is clearly better or worse is not touched by them."""
-    scores = [torch.tensor([9.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 1.0])]
-    assert top_ranks(scores, 4) == [[0, 1], [0], [0]]
-
-
-def test_a_cut_finer_than_fp32_is_seen():
-    """Scores are compared in fp64: two gates that differ in the last place are not a tie."""
-    low = torch.tensor([0.5], dtype=torch.float64)
-    assert top_ranks([low, low + 1e-12], 1) == [[], [0]]
-
-
-@pytest.mark.parametrize("budget", [-1, 6])
-def test_budget_out_of_range(budget):
-    with pytest.raises(ValueError, match=rf"budget={budget}: expected 0 to 5, the capacity of 2 groups"):
-        top_ranks([torch.zeros(2), torch.zeros(3)], budget)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_diverged_gates_are_named(bad):
-    with pytest.raises(ValueError, match="1 gate scores are not finite: the training diverged"):
-        top_ranks([torch.tensor([0.0, bad])], 1)
 
 
 def test_numbers_of_a_plan():
@@ -178,3 +122,149 @@ def test_a_plan_is_applied_once():
     adapter.apply(plan)
     with pytest.raises(ValueError, match="applied already"):
         adapter.apply(plan)
+
+
+def test_rank_cost():
+    shapes = [(4, 6), (6, 20)]
+    assert [rank_cost(unit, shapes, 2) for unit in ("ranks", "parameters", "bytes", "flops")] == [1, 36, 72, 72]
+
+
+@pytest.mark.parametrize("unit", ["parameters", "bytes", "flops"])
+def test_budget_in_other_units(unit):
+    """What the plan says it spends is what the cut adapter has."""
+    amount = {"parameters": 2000, "bytes": 8000, "flops": 4000}[unit]
+    adapter = cobra.attach(vit(), cobra.CobraConfig(rank_budget=Budget(amount, unit), r_max=4, gate="mean"))
+    plan = adapter.extract()
+    left = amount - plan.provenance["spent"]
+    assert 0 <= left < max(rank_cost(unit, group.shapes) for group in adapter.groups)
+    adapter.apply(plan)
+    per_parameter = {"parameters": 1, "bytes": 4, "flops": 2}[unit]
+    assert plan.provenance["spent"] == per_parameter * adapter.trainable_parameters() == per_parameter * plan.parameters
+
+
+def test_flops_of_a_shared_weight():
+    """Two modules with one weight cost its parameters once, and multiply by it twice."""
+
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)
+            self.two.weight = self.one.weight
+
+    adapter = cobra.attach(Tied(), cobra.CobraConfig(rank_budget=1, r_max=4, gate="mean"))
+    assert adapter.extract(Budget(20, "parameters")).total == 2
+    assert adapter.extract(Budget(40, "flops")).total == 1
+
+
+def test_constraints_reach_the_cut():
+    """Query, key and value equal, in multiples of 2, and none without a rank."""
+    config = cobra.CobraConfig(rank_budget=Budget(40, minimum=2, multiple=2, tied=("qkv",)), r_max=8, gate="mean")
+    adapter = cobra.attach(vit(), config)
+    with torch.no_grad():
+        for i, group in enumerate(adapter.groups):
+            group.gate.add_(torch.linspace(1, -1, 8) * (1 + i % 3))
+    plan = adapter.extract()
+    assert plan.total == 40 and all(rank >= 2 and rank % 2 == 0 for rank in plan.ranks.values())
+    by_block = {}
+    for name, rank in plan.ranks.items():
+        if name.split(".")[-1] in ("q_proj", "k_proj", "v_proj"):
+            by_block.setdefault(name.rsplit(".", 1)[0], set()).add(rank)
+    assert len(by_block) == 2 and all(len(ranks) == 1 for ranks in by_block.values())
+    adapter.apply(plan)
+    assert adapter.plan == plan
+
+
+def test_plan_remembers_its_budget(tmp_path):
+    plan = cobra.attach(vit(), CONFIG).extract(Budget(1500, "parameters", multiple=2))
+    assert Budget.from_dict(plan.provenance["budget"]) == Budget(1500, "parameters", multiple=2)
+    assert plan.provenance["source"] == "gates" and plan.provenance["optimal"]
+    assert plan.table().splitlines()[-1] == plan.provenance["allocation"]
+    plan.save(tmp_path / "plan.json")
+    assert RankPlan.load(tmp_path / "plan.json") == plan
+
+
+def test_dataframe():
+    frame = PLAN.to_dataframe()
+    assert frame["layer"].tolist() == ["block.0.q", "block.0.k", "block.1.q"]
+    assert frame["rank"].tolist() == [2, 2, 0] and frame["gates"].tolist() == [3, 3, 2]
+    assert frame["least_kept"].tolist()[:2] == [0.625, 0.625] and frame["least_kept"].isna().tolist() == [False, False, True]
+
+
+@pytest.fixture(scope="module")
+def scores():
+    return cobra.calibrate(minilm(), [review_batch()], steps=8, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:the path integral misses")
+def test_plan_from_scores_is_proportional(scores):
+    """Every layer gets its share of the prior, rounded to whole ranks."""
+    plan = plan_ranks(scores, 288, r_max=384)
+    shares = 288 * scores.prior.double()
+    ranks = torch.tensor([site.rank for site in plan.sites], dtype=torch.double)
+    assert plan.total == 288 and plan.provenance["source"] == "scores"
+    assert ((ranks - shares).abs() < 1.0 + 0.02 * shares).all()
+    assert [site.members for site in plan.sites] == list(scores.members)
+    assert plan.fingerprint == scores.fingerprint
+
+
+@pytest.mark.filterwarnings("ignore:the path integral misses")
+def test_plan_first_then_lora(scores):
+    """A plan from scores is applied like any other: plain LoRA at its ranks."""
+    model = minilm()
+    plan = plan_ranks(scores, Budget(100_000, "parameters"), r_max=16)
+    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=1, r_max=16, gate="open"), scores)
+    adapter.apply(plan)
+    assert adapter.trainable_parameters() == plan.parameters <= 100_000
+    assert 100_000 - plan.parameters < 768 * 2
+    assert {name: group.rank for group in adapter.groups for name in [group.name]} == {n: r for n, r in plan.ranks.items() if r}
+
+
+@pytest.mark.filterwarnings("ignore:the path integral misses")
+def test_a_budget_above_what_scores_can_hold(scores):
+    with pytest.raises(ValueError, match="capacity"):
+        plan_ranks(scores, 100_000, r_max=8)
+
+
+def some_plan(model) -> RankPlan:
+    """Ranks 0 to 3, by layer."""
+    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=0, r_max=3, gate="mean"))
+    plan = adapter.extract()
+    adapter.detach()
+    sites = [
+        SitePlan(s.name, s.members, s.cost, tuple(range(i % 4)), s.posterior) if i % 4 <= len(s.posterior) else s
+        for i, s in enumerate(plan.sites)
+    ]
+    return RankPlan(tuple(sites), plan.fold, plan.fingerprint)
+
+
+@pytest.mark.parametrize("build", [vit, gpt2, smollm2])
+def test_peft_trains_the_ranks_of_a_plan(build):
+    """The real peft gives every layer the plan's rank and the scale asked for, and rank 0 none."""
+    from peft import get_peft_model
+
+    model = build()
+    plan = some_plan(model)
+    wrapped = get_peft_model(model, plan.to_peft_config(scaling=1.5, fan_in_fan_out=build is gpt2))
+    found = {
+        name.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"])
+        for name, module in wrapped.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    assert found == {name: (rank, 1.5) for name, rank in plan.ranks.items() if rank}
+
+
+def test_peft_config_is_the_plans():
+    with pytest.raises(ValueError, match="rank_pattern follows from the plan"):
+        some_plan(vit()).to_peft_config(rank_pattern={})
+    with pytest.raises(ValueError, match="keeps no rank"):
+        cobra.attach(vit(), CONFIG).extract(0).to_peft_config()
+
+
+def test_axolotl_keys():
+    plan = some_plan(vit())
+    keys = plan.to_axolotl(scaling=2.0)
+    ranks = {name: rank for name, rank in plan.ranks.items() if rank}
+    assert keys["adapter"] == "lora" and keys["lora_r"] == 3 and keys["lora_alpha"] == 6
+    assert keys["lora_target_modules"] == list(ranks)
+    assert keys["lora_rank_pattern"] == {name: rank for name, rank in ranks.items() if rank < 3}
+    assert keys["lora_alpha_pattern"] == {name: 2 * rank for name, rank in ranks.items() if rank < 3}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +17,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Decides where an adapter's rank belongs, trains it, and merges it away.",
 )
+
+
+class PlanFormat(StrEnum):
+    """What `cobra plan` prints."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+    peft = "peft"
+    axolotl = "axolotl"
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Errors that say what to do end the command with their text and code 2."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
 
 
 @app.command()
@@ -44,6 +67,83 @@ def demo(
             seed=seed,
         )
     )
+
+
+@app.command()
+def plan(
+    scores: Annotated[Path, typer.Argument(help="What LayerScores.save wrote.")],
+    budget: Annotated[int, typer.Option(min=0, help="How much may be kept, in the unit.")],
+    unit: Annotated[
+        str, typer.Option(help="ranks, parameters, bytes (of fp32 matrices) or flops (forward, per token).")
+    ] = "ranks",
+    r_max: Annotated[int, typer.Option(min=1, help="Largest rank of a layer.")] = 64,
+    minimum: Annotated[int, typer.Option(min=0, help="Smallest rank of a layer.")] = 0,
+    multiple: Annotated[int, typer.Option(min=1, help="Every rank is a multiple of this.")] = 1,
+    tied: Annotated[list[str] | None, typer.Option(help="Equal ranks: qkv, gate_up, experts, or a regular expression.")] = None,
+    fusion: Annotated[str, typer.Option(help="product, sum, contribution or gradient.")] = "product",
+    scaling: Annotated[float, typer.Option(help="alpha / r of every layer, for peft and axolotl.")] = 2.0,
+    show: Annotated[PlanFormat, typer.Option("--format", help="What to print.")] = PlanFormat.table,
+    out: Annotated[Path | None, typer.Option(help="Writes the plan (JSON), for Adapter.apply.")] = None,
+) -> None:
+    """Ranks from scores alone, in proportion to the prior: for training with any tool."""
+    from cobra import Budget, LayerScores, plan_ranks
+
+    with _explained():
+        limits = Budget(budget, unit, minimum=minimum, multiple=multiple, tied=tuple(tied or ()))
+        found = plan_ranks(LayerScores.load(scores), limits, r_max, fusion)
+        if out is not None:
+            found.save(out)
+        typer.echo(_printed(found, show, scaling), nl=False)
+
+
+def _printed(plan, show: PlanFormat, scaling: float) -> str:
+    if show is PlanFormat.table:
+        return plan.table() + "\n"
+    if show is PlanFormat.csv:
+        return plan.to_dataframe().to_csv(index=False)
+    if show is PlanFormat.axolotl:
+        import yaml
+
+        return yaml.safe_dump(plan.to_axolotl(scaling), sort_keys=False)
+    if show is PlanFormat.peft:
+        from cobra.export.config import lora_fields
+
+        return json.dumps(lora_fields(plan, scaling), indent=1) + "\n"
+    return json.dumps(plan.to_dict(), indent=1) + "\n"
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="A LoRA adapter: adapter_config.json and adapter_model.safetensors.")],
+    engines: Annotated[str, typer.Option("--for", help="peft, transformers, vllm, sglang, gguf; with commas.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Whether engines load an adapter, of COBRA or any other, with the right scale; exit code 1 where one does not."""
+    from cobra.export.check import ENGINES, check_adapter
+
+    with _explained():
+        asked = tuple(name.strip() for name in engines.split(",") if name.strip()) or ENGINES
+        found = check_adapter(folder, asked)
+    typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else found.table())
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="A transformers model folder.")],
+    adapter: Annotated[list[Path], typer.Argument(help="One adapter folder or more.")],
+    out: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist.")],
+    weight: Annotated[list[float] | None, typer.Option(help="Of each adapter, in their order; 1 by default.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest share of an update that rounding may lose, else an error.")
+    ] = None,
+) -> None:
+    """Adapters folded into a base model's weights, all of them at once, and saved as a plain model."""
+    from cobra.cli.merge import merge_folders
+
+    with _explained():
+        typer.echo(merge_folders(base, adapter, weight or [1.0] * len(adapter), out, tolerance).table())
 
 
 @app.command()

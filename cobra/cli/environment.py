@@ -25,9 +25,9 @@ def describe() -> dict[str, str]:
     facts |= {name: _version(name) for name in LIBRARIES}
     built = extension.load() is not None
     facts["C++ extension"] = (
-        "active: gate words" if built else "not built: gate words come from torch (no C++ compiler at install?)"
+        "active: gate words, merge" if built else "not built: torch does its work, slower (no C++ compiler at install?)"
     )
-    facts["Triton kernels"] = "none in this release: torch's own operations on every device"
+    facts["Triton kernels"] = "packed_lora, off by default: compiled and interpreted, never run on a GPU (backend='triton')"
     facts["CUDA kernels"] = "none in this release: torch's own operations on every device"
     return facts
 

@@ -1,0 +1,112 @@
+// LANES numbers at once. merge_tile.h includes this once for each instruction set, inside the namespace of that set.
+// GCC and clang have vector types for it; elsewhere a lane is a plain number and vectorising is left to the compiler.
+
+#if defined(__GNUC__)
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+constexpr int DOUBLE_LANES = LANES / 2;
+typedef double Doubles __attribute__((vector_size(8 * DOUBLE_LANES)));
+typedef float FewFloats __attribute__((vector_size(4 * DOUBLE_LANES)));
+#define COBRA_CONVERT(To, from) __builtin_convertvector(from, To)
+#else
+typedef float Floats;
+typedef uint32_t Words;
+typedef int32_t Integers;
+typedef uint16_t Halves;
+constexpr int DOUBLE_LANES = 1;
+typedef double Doubles;
+typedef float FewFloats;
+#define COBRA_CONVERT(To, from) static_cast<To>(from)
+#endif
+
+template <class Vector>
+COBRA_INLINE Vector load(const void* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+template <class Vector>
+COBRA_INLINE void store(void* to, Vector vector) {
+  std::memcpy(to, &vector, sizeof vector);
+}
+
+COBRA_INLINE Words words(Floats floats) { return load<Words>(&floats); }
+COBRA_INLINE Floats floats(Words words) { return load<Floats>(&words); }
+
+// Conversions: one instruction each where the compiler would not find it.
+
+#if COBRA_LANES == 16
+COBRA_INLINE Doubles load_doubles(const float* from) { return (Doubles)_mm512_cvtps_pd(_mm256_loadu_ps(from)); }
+COBRA_INLINE Words load_halves(const uint16_t* from) { return (Words)_mm512_cvtepu16_epi32(load<__m256i>(from)); }
+COBRA_INLINE void store_halves(uint16_t* to, Words half) { store(to, _mm512_cvtepi32_epi16((__m512i)half)); }
+COBRA_INLINE Floats widen_float16(Words half) { return (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)half)); }
+COBRA_INLINE Words narrow_float16(Floats value) { return (Words)_mm512_cvtepu16_epi32(_mm512_cvtps_ph((__m512)value, 0)); }
+#elif COBRA_LANES == 8
+COBRA_INLINE Doubles load_doubles(const float* from) { return (Doubles)_mm256_cvtps_pd(_mm_loadu_ps(from)); }
+COBRA_INLINE Words load_halves(const uint16_t* from) { return (Words)_mm256_cvtepu16_epi32(load<__m128i>(from)); }
+COBRA_INLINE __m128i low_halves(Words half) {
+  const __m256i packed = _mm256_packus_epi32((__m256i)half, (__m256i)half);
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x8));
+}
+COBRA_INLINE void store_halves(uint16_t* to, Words half) { store(to, low_halves(half)); }
+COBRA_INLINE Floats widen_float16(Words half) { return (Floats)_mm256_cvtph_ps(low_halves(half)); }
+COBRA_INLINE Words narrow_float16(Floats value) { return (Words)_mm256_cvtepu16_epi32(_mm256_cvtps_ph((__m256)value, 0)); }
+#else
+COBRA_INLINE Doubles load_doubles(const float* from) { return COBRA_CONVERT(Doubles, load<FewFloats>(from)); }
+COBRA_INLINE Words load_halves(const uint16_t* from) { return COBRA_CONVERT(Words, load<Halves>(from)); }
+COBRA_INLINE void store_halves(uint16_t* to, Words half) { store(to, COBRA_CONVERT(Halves, half)); }
+COBRA_INLINE Floats widen_float16(Words half) {
+  const Words magnitude = half & 0x7FFFu, sign = (half & 0x8000u) << 16;
+  const Words subnormal = words(COBRA_CONVERT(Floats, load<Integers>(&magnitude)) * 0x1p-24f);
+  const Words normal = (magnitude << 13) + (112u << 23), special = (magnitude << 13) + (224u << 23);
+  const Words finite = magnitude < 0x400u ? subnormal : normal;
+  return floats(sign | (magnitude < 0x7C00u ? finite : special));
+}
+COBRA_INLINE Words narrow_float16(Floats value) {
+  const Words bits = words(value), magnitude = bits & 0x7FFFFFFFu, sign = (bits >> 16) & 0x8000u;
+  // the last bit of 1/2 is the smallest half: adding it rounds a smaller number to a multiple of that
+  const Words subnormal = words(floats(magnitude) + 0.5f) - 0x3F000000u;
+  const Words normal = (magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  const Words finite = magnitude < 0x38800000u ? subnormal : normal;
+  const Words infinity = magnitude * 0u + 0x7C00u;
+  const Words special = magnitude > 0x7F800000u ? infinity | 0x200u : infinity;
+  return sign | (magnitude < 0x47800000u ? finite : special);
+}
+#endif
+
+// Formats of weights: widened exactly, rounded once to nearest, ties to even. Overflow gives Inf, NaN stays NaN.
+// `put` returns the numbers that were stored.
+
+struct Float32 {
+  using Number = float;
+  COBRA_INLINE Floats get(const float* from) { return load<Floats>(from); }
+  COBRA_INLINE Floats put(float* to, Floats value) {
+    store(to, value);
+    return value;
+  }
+};
+
+struct BFloat16 {
+  using Number = uint16_t;
+  COBRA_INLINE Floats get(const uint16_t* from) { return floats(load_halves(from) << 16); }
+  COBRA_INLINE Floats put(uint16_t* to, Floats value) {
+    const Words bits = words(value), quiet = bits | 0x400000u;
+    const Words rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
+    const Words half = ((bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded) >> 16;
+    store_halves(to, half);
+    return floats(half << 16);
+  }
+};
+
+struct Float16 {
+  using Number = uint16_t;
+  COBRA_INLINE Floats get(const uint16_t* from) { return widen_float16(load_halves(from)); }
+  COBRA_INLINE Floats put(uint16_t* to, Floats value) {
+    const Words half = narrow_float16(value);
+    store_halves(to, half);
+    return widen_float16(half);
+  }
+};

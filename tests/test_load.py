@@ -1,0 +1,153 @@
+"""Adapter folders read back: our own in both layouts, those of the real peft, and what is refused in them."""
+
+import json
+
+import pytest
+import torch
+from models import gpt2, image_batch, logits_of, minilm, review_batch, smollm2, token_batch, vit
+from safetensors.torch import load_file, save_file
+from test_lora import trained
+
+import cobra
+from cobra import FormatError
+from cobra.load import load_adapter
+
+LAYOUTS = pytest.mark.parametrize("layout", ["compact", "padded"])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("build", [vit, gpt2, minilm, smollm2])
+def test_round_trip(build, layout, tmp_path):
+    """Every bit of the matrices, heads and provenance comes back; padding does not."""
+    _, adapter = trained(build, modules_to_save="auto")
+    adapter.save_pretrained(tmp_path / "a", layout)
+    lora, found = adapter.to_lora(), load_adapter(tmp_path / "a")
+    kept = {name: layer for name, layer in lora.layers.items() if layer.rank or layout == "padded"}
+    assert found.layers.keys() == kept.keys()
+    for name, layer in kept.items():
+        assert torch.equal(found.layers[name].lora_A, layer.lora_A) and torch.equal(found.layers[name].lora_B, layer.lora_B)
+    assert found.heads.keys() == lora.heads.keys()
+    assert all(torch.equal(found.heads[n][k], v) for n, head in lora.heads.items() for k, v in head.items())
+    assert (found.transposed, found.base_model) == (lora.transposed, lora.base_model)
+    assert json.dumps(found.provenance) == json.dumps(lora.provenance)
+    again = tmp_path / "b"
+    found.save_pretrained(again, layout)
+    assert (
+        load_file(again / "adapter_model.safetensors").keys() == load_file(tmp_path / "a" / "adapter_model.safetensors").keys()
+    )
+
+
+def peft_folder(build, path, batch=None, **settings):
+    """What the real peft saves of an adapter whose matrices are all nonzero; and the wrapped model."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    defaults = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "fan_in_fan_out": build is gpt2}
+    model = get_peft_model(build(), LoraConfig(**{**defaults, **settings})).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.05)
+    model.save_pretrained(path, save_embedding_layers=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "batch", "settings"),
+    [
+        (minilm, review_batch(), {}),
+        (gpt2, token_batch(), {}),
+        (vit, image_batch(), {"modules_to_save": ["classifier"]}),
+        (minilm, review_batch(), {"use_rslora": True, "target_modules": ["query", "value"]}),
+        (
+            minilm,
+            review_batch(),
+            {"rank_pattern": {"layer.1.attention.self.query": 2, "query": 3}, "alpha_pattern": {"^bert.*value": 9, "key": 5}},
+        ),
+        (smollm2, token_batch(), {"target_modules": r".*\.(q_proj|down_proj)", "lora_dropout": 0.1}),
+    ],
+    ids=["plain", "conv1d", "head", "rslora", "patterns", "expression"],
+)
+def test_adapters_of_peft(build, batch, settings, tmp_path):
+    """The same logits as in peft, whatever its configuration says about ranks and scales."""
+    theirs = peft_folder(build, tmp_path, **settings)
+    model = build()
+    lora = load_adapter(tmp_path)
+    lora.attach(model)
+    model.eval()
+    torch.testing.assert_close(logits_of(model, batch), logits_of(theirs, batch), rtol=1e-4, atol=1e-4)
+    assert lora.provenance == {} and lora.dropout == settings.get("lora_dropout", 0.0)
+
+
+def rewrite(folder, tensors=None, drop=(), **config):
+    """The folder with some of its content replaced."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    stored = {k: v for k, v in load_file(folder / "adapter_model.safetensors").items() if k not in drop}
+    save_file({**stored, **(tensors or {})}, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+Q = "base_model.model.vit.layers.0.attention.q_proj"
+WEIGHTS = "adapter_model.safetensors"
+BAD = {
+    "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), "truncated or foreign"),
+    "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), "truncated or foreign"),
+    "huge header": (lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 8 + b"{}" * 50), "truncated or foreign"),
+    "pickle": (lambda f: (f / WEIGHTS).write_bytes(b"PK\x03\x04" + bytes(200)), "truncated or foreign"),
+    "config": (lambda f: (f / "adapter_config.json").write_text('{"r": 4'), "adapter_config.json: expected JSON"),
+    "config list": (lambda f: (f / "adapter_config.json").write_text("[]"), "expected an object of settings, found list"),
+    "no lora": (lambda f: rewrite(f, peft_type="IA3"), "peft_type is 'IA3', expected 'LORA'; peft.convert_to_lora"),
+    "dora": (lambda f: rewrite(f, use_dora=True), "use_dora is set: DoRA is no plain low-rank update"),
+    "bias": (lambda f: rewrite(f, bias="all"), "bias='all' trains the base model's biases"),
+    "rank": (lambda f: rewrite(f, r=5), r"is of rank 4 in adapter_model\.safetensors and 5 in adapter_config\.json"),
+    "rank 0": (lambda f: rewrite(f, r=0), "r of .* is 0; expected a number greater than 0"),
+    "pattern": (lambda f: rewrite(f, rank_pattern={"(": 4}), "rank_pattern is no mapping of names to numbers"),
+    "pattern list": (lambda f: rewrite(f, alpha_pattern=[4]), "alpha_pattern is no mapping of names to numbers"),
+    "adalora": (lambda f: rewrite(f, rank_pattern={"q_proj": [True, False]}), r"is \[True, False\]; expected a number"),
+    "half": (lambda f: rewrite(f, drop=[f"{Q}.lora_B.weight"]), r"q_proj has no lora_B\.weight"),
+    "shapes": (
+        lambda f: rewrite(f, {f"{Q}.lora_B.weight": torch.ones(32, 3)}),
+        r"lora_A \(4, 32\) and lora_B \(32, 3\); expected",
+    ),
+    "dtype": (
+        lambda f: rewrite(f, {f"{Q}.lora_B.weight": torch.ones(32, 4, dtype=torch.int8)}),
+        "is torch.int8; expected floating",
+    ),
+    "nan": (lambda f: rewrite(f, {f"{Q}.lora_B.weight": torch.full((32, 4), float("nan"))}), "holds NaN or Inf"),
+    "path": (lambda f: rewrite(f, {"../../etc/passwd.lora_A.weight": torch.ones(4, 32)}), "is no parameter name"),
+    "dots": (lambda f: rewrite(f, {"base_model.model...q.lora_A.weight": torch.ones(4, 32)}), "is no parameter name"),
+    "magnitude": (
+        lambda f: rewrite(f, {f"{Q}.lora_magnitude_vector": torch.ones(32)}),
+        "neither a LoRA matrix of a linear layer",
+    ),
+    "embedding": (lambda f: rewrite(f, {"base_model.model.e.lora_embedding_A": torch.ones(4, 9)}), "neither a LoRA matrix"),
+    "nothing": (
+        lambda f: save_file({"base_model.model.x": torch.ones(1)}, f / WEIGHTS),
+        "no lora_A and lora_B matrices among 1",
+    ),
+    "provenance": (lambda f: (f / "cobra.json").write_text("{}"), r"cobra\.json: expected a COBRA adapter provenance"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD.values(), ids=BAD)
+def test_bad_folders(spoil, message, tmp_path):
+    """The message names the file, the key, what was expected and what was found."""
+    peft_folder(vit, tmp_path)
+    load_adapter(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(FormatError, match=message) as error:
+        load_adapter(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json: no such file; expected the folder of a LoRA adapter"):
+        load_adapter(tmp_path)
+    peft_folder(vit, tmp_path)
+    (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.bin is a pickle, which is never opened"):
+        load_adapter(tmp_path)
+
+
+def test_public_name():
+    assert cobra.load_adapter is load_adapter

@@ -1,0 +1,210 @@
+"""Adapters apart from any model: put on their base model, put together, and what fits where."""
+
+import pytest
+import torch
+from models import attached, gpt2, image_batch, logits_of, minilm, review_batch, smollm2, state_of, stir, token_batch, vit
+from torch import nn
+
+import cobra
+from cobra.lora import LoraAdapter, LoraLayer, combine
+
+
+def trained(build, seed: int = 0, budget: int = 9, **changes) -> tuple[nn.Module, cobra.Adapter]:
+    """A cut adapter of uneven ranks, zeros among them, on a fresh model in evaluation mode."""
+    model = build()
+    config = {"rank_budget": budget, "r_max": 4, "gate": "mean", "modules_to_save": (), "seed": seed} | changes
+    adapter = cobra.attach(model, cobra.CobraConfig(**config))
+    stir(adapter, seed)
+    adapter.apply(adapter.extract())
+    model.eval()
+    return model, adapter
+
+
+MODELS = pytest.mark.parametrize(
+    ("build", "batch"), [(vit, image_batch()), (gpt2, token_batch()), (minilm, review_batch())], ids=["vit", "gpt2", "minilm"]
+)
+
+
+@MODELS
+def test_back_on_the_base_model(build, batch):
+    """Off one model and on a fresh copy of it, nothing has changed."""
+    model, adapter = trained(build)
+    other = build()
+    again = adapter.to_lora().attach(other)
+    other.eval()
+    torch.testing.assert_close(logits_of(other, batch), logits_of(model, batch), rtol=1e-5, atol=1e-6)
+    assert again.trainable_parameters() == adapter.trainable_parameters() == adapter.to_lora().parameters
+    assert again.to_lora().ranks == {n: r for n, r in adapter.plan.ranks.items() if r}
+
+
+def test_a_copy_of_its_own():
+    """Training the one must not move the other."""
+    _, adapter = trained(vit)
+    lora = adapter.to_lora()
+    again = lora.attach(vit())
+    before = {name: layer.lora_B.clone() for name, layer in lora.layers.items()}
+    with torch.no_grad():
+        for group in again.groups:
+            group.layers[0][0].lora_B.add_(1)
+    assert all(torch.equal(layer.lora_B, before[name]) for name, layer in lora.layers.items())
+
+
+def test_heads_travel():
+    model, adapter = trained(vit, modules_to_save="auto")
+    other = vit()
+    again = adapter.to_lora().attach(other)
+    assert torch.equal(other.classifier.weight, model.classifier.weight) and other.classifier.weight.requires_grad
+    assert again.heads.keys() == {"classifier"}
+
+
+def test_attached_adapter_trains_merges_and_is_cut():
+    """It is an adapter like any other."""
+    _, adapter = trained(vit)
+    other = vit()
+    again = adapter.to_lora().attach(other)
+    optimizer = torch.optim.SGD(again.parameter_groups(lr=0.1))
+    before = again.groups[0].layers[0][0].lora_B.clone()
+    other.train()
+    other(**image_batch()).loss.backward()
+    optimizer.step()
+    assert not torch.equal(before, again.groups[0].layers[0][0].lora_B)
+    other.eval()
+    expected = logits_of(other, image_batch())
+    again.merge()
+    torch.testing.assert_close(logits_of(other, image_batch()), expected, rtol=1e-5, atol=1e-6)
+    again.unmerge()
+    again.apply(again.extract(4), optimizer)
+    assert again.plan.total == 4
+
+
+@MODELS
+def test_combined_adapters(build, batch):
+    """ΔW = 0.7 ΔW_1 - 0.2 ΔW_2, to the last digits; layers that one of them lacks are the other's alone."""
+    first, second = trained(build, 1)[1].to_lora(), trained(build, 2, budget=5)[1].to_lora()
+    both = combine([(first, 0.7), (second, -0.2)])
+    for name, layer in both.layers.items():
+        parts = [(a.layers[name], w) for a, w in ((first, 0.7), (second, -0.2)) if name in a.layers]
+        expected = sum(w * part.lora_B.double() @ part.lora_A.double() for part, w in parts)
+        torch.testing.assert_close(layer.lora_B.double() @ layer.lora_A.double(), expected, rtol=1e-6, atol=1e-7)
+        assert layer.rank == sum(part.rank for part, _ in parts)
+    model = build()
+    weights = {name: model.get_submodule(name).weight.detach().clone() for name in both.layers}
+    adapter = both.attach(model)
+    report = adapter.merge()
+    assert len(report.sites) == sum(rank > 0 for rank in both.ranks.values())
+    for name, layer in both.layers.items():
+        delta = layer.lora_B.double() @ layer.lora_A.double()
+        delta = delta.t() if build is gpt2 else delta
+        torch.testing.assert_close(
+            model.get_submodule(name).weight.detach(), (weights[name].double() + delta).float(), rtol=1e-5, atol=1e-6
+        )
+    adapter.unmerge()
+    assert all(torch.equal(model.get_submodule(name).weight, weight) for name, weight in weights.items())
+
+
+def test_combining_rounds_once_in_half_precision():
+    """One after the other, every merge rounds; together they round once, which is at least as close."""
+    parts = [(trained(vit, seed)[1].to_lora(), 1e-3) for seed in range(8)]
+    exact = vit()
+    combine(parts).attach(exact).merge()
+    together = vit().bfloat16()
+    combine(parts).attach(together).merge()
+    one_by_one = vit().bfloat16()
+    for part in parts:
+        combine([part]).attach(one_by_one).merge()
+    layers = [name for name, rank in combine(parts).ranks.items() if rank]
+    base = vit().bfloat16()
+
+    def lost(model):
+        return sum(
+            (
+                (model.get_submodule(n).weight.double() - base.get_submodule(n).weight.double())
+                - (exact.get_submodule(n).weight.double() - vit().get_submodule(n).weight.double())
+            ).norm()
+            for n in layers
+        )
+
+    assert lost(together) < 0.9 * lost(one_by_one)
+
+
+def test_a_rank_above_the_layers_own():
+    """Put together, adapters may have more ranks than a layer has features; they still attach and merge."""
+    parts = [(trained(vit, seed, budget=48)[1].to_lora(), 1.0) for seed in range(10)]
+    both = combine(parts)
+    assert max(both.ranks.values()) == 40 > 32
+    model = vit()
+    adapter = both.attach(model)
+    model.eval()
+    expected = logits_of(model, image_batch())
+    adapter.merge()
+    torch.testing.assert_close(logits_of(model, image_batch()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_combined():
+    with_head = trained(vit, modules_to_save="auto")[1].to_lora()
+    with pytest.raises(ValueError, match=r"2 of the adapters bring heads \(classifier\)"):
+        combine([(with_head, 1.0), (with_head, 1.0)])
+    with pytest.raises(ValueError, match="no adapters"):
+        combine([])
+    other = LoraAdapter({name: LoraLayer(torch.zeros(1, 3), torch.zeros(5, 1)) for name in with_head.layers})
+    with pytest.raises(ValueError, match=r"different base models, its features are 3 -> 5 and 32 -> 32"):
+        combine([(with_head, 1.0), (other, 1.0)])
+
+
+def layer(K: int = 6, N: int = 4) -> LoraLayer:
+    return LoraLayer(torch.ones(2, K), torch.ones(N, 2))
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.norm = nn.Linear(6, 4), nn.Linear(4, 6), nn.LayerNorm(6)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (LoraAdapter({"three": layer()}), "this one has no layer 'three'"),
+        (LoraAdapter({"two": layer()}), "two is 6 -> 4 in the adapter, 4 -> 6 here"),
+        (LoraAdapter({"norm": layer()}), "norm is a LayerNorm, and the adapter is for nn.Linear"),
+        (LoraAdapter({"one": layer()}, {"head": {}}), "brings a head 'head', which this model lacks"),
+        (LoraAdapter({"one": layer()}, {"two": {"weight": torch.ones(3, 4)}}), "head 'two' is .* here and"),
+        (LoraAdapter({"one": LoraLayer(torch.ones(0, 6), torch.ones(4, 0))}), "no layer with a rank"),
+    ],
+)
+def test_adapters_of_another_model(lora, message):
+    """The model is as it was."""
+    model = Small()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        lora.attach(model)
+    assert state_of(model) == before
+
+
+def test_quantised_layers_ask_for_a_choice():
+    model = Small()
+    model.one.weight = nn.Parameter(torch.zeros(4, 6, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"one is a Linear, .* quantised, choose its dequantised form"):
+        LoraAdapter({"one": layer()}).attach(model)
+
+
+def test_two_updates_for_one_weight():
+    model = Small()
+    model.three = nn.Linear(6, 4)
+    model.three.weight = model.one.weight
+    lora = LoraAdapter({"one": layer(), "three": LoraLayer(torch.zeros(2, 6), torch.ones(4, 2))})
+    with pytest.raises(ValueError, match="one and three share one weight here"):
+        lora.attach(model)
+    both = LoraAdapter({"one": layer(), "three": layer()})
+    assert len(both.attach(model).groups) == 1
+
+
+def test_only_one_adapter_at_a_time():
+    model, _ = attached()
+    with pytest.raises(ValueError, match="attached already"):
+        LoraAdapter({}).attach(model)
+
+
+def test_repr():
+    lora = trained(smollm2, budget=3)[1].to_lora()
+    assert repr(lora) == f"LoraAdapter(21 layers of rank 0 to 1, {lora.parameters:,} parameters)"
