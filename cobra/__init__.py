@@ -11,6 +11,7 @@ from cobra.attach import attach
 from cobra.budget import Budget
 from cobra.calibrate import calibrate
 from cobra.config import CobraConfig
+from cobra.deploy.serving import ServedAdapters, serve
 from cobra.linear import CobraLinear
 from cobra.load import load_adapter
 from cobra.lora import LoraAdapter, combine
@@ -31,11 +32,13 @@ __all__ = [
     "LoraAdapter",
     "MergeReport",
     "RankPlan",
+    "ServedAdapters",
     "attach",
     "calibrate",
     "combine",
     "load_adapter",
     "plan_ranks",
+    "serve",
 ]
 
 warn_of_collision()

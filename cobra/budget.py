@@ -180,9 +180,8 @@ def allocate(names: Sequence[str], values: Sequence[Values], costs: Sequence[int
     taken, optimal = _select(density[order], kind, position[order], kinds, budget.amount - needed)
     bought = low + np.bincount(owner[order[taken]], minlength=len(low))
     ranks = bought[tie] * budget.multiple
-    is_kept = np.zeros(len(flat), bool)
-    is_kept[best[index < ranks[group]]] = True
-    indices, ends = index[is_kept].tolist(), np.cumsum(ranks).tolist()
+    indices = index[np.sort(best[index < ranks[group]])].tolist()
+    ends = np.cumsum(ranks).tolist()
     kept = tuple(tuple(indices[end - rank : end]) for end, rank in zip(ends, ranks.tolist(), strict=True))
     step = min(step_cost[bought < high].tolist(), default=0)
     return Allocation(kept, int(bought @ step_cost), budget.amount, budget.unit, step, optimal)
@@ -252,10 +251,8 @@ def _search(classes: list[_Class], left: int, price: float, found: tuple, reach:
     the most counts comes last and takes what still fits.
 
     left: what the greedy selection leaves
-    found, out: (loss against the bound, what is left, lateness, counts)
+    found, out: (loss against the bound, what is left, lateness, counts); out: also whether none had to be passed over
     work: combinations that are looked at, at most
-
-    out: also whether no selection had to be passed over
     """
     near = 2 * max(c.cost for c in classes)
     rounding = 1e-15 * price * (left + sum(c.start * c.cost for c in classes))  # losses that differ by less are equal

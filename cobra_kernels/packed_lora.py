@@ -4,11 +4,11 @@
 
     base (T, N)   x (T, K)   lora_A (R, K)   lora_B (N, R)   ids (T,)   y (T, N)          R = Σ_a r_a
 
-The adapters lie side by side: a's rows of lora_A and its columns of lora_B begin at Σ_(b<a) r_b. No rank is padded, r_a = 0 takes
-no room, and the scaling is in lora_B. Products accumulate in fp32; y is rounded once. An adapter that no token asks for is never
-read, so what is in it cannot reach y. For serving: there is no backward; `packed_lora_ref` is differentiable.
+The adapters lie side by side: a's rows of lora_A and its columns of lora_B begin at Σ_(b<a) r_b. No rank is padded, and r_a = 0
+takes no room; the scaling is in lora_B. Products accumulate in fp32. An adapter is read for its own tokens alone, so what is in
+it cannot reach another token. For serving: there is no backward; `packed_lora_ref` is differentiable.
 
-The Triton path has been compiled for sm_80 and sm_90 and interpreted, and has never run on a GPU: ask for it by name.
+The Triton path has been compiled for sm_80 and sm_90 and interpreted, and has never run on a GPU: it is off unless asked for.
 """
 
 from collections.abc import Sequence
@@ -69,21 +69,21 @@ def segment_tokens(ids: Tensor) -> Segments:
         raise ValueError(f"ids must be (T,) of int64, got {tuple(ids.shape)} of {ids.dtype}; repeat a row's id for its tokens")
     host = ids.cpu()
     spans, order = _spans(host), None
-    if len(spans) and spans[:, 0].min() < 0:
+    if any(adapter < 0 for adapter, _, _ in spans):
         raise ValueError(f"ids holds {int(host.min())}; an id is an adapter's index, or -1 for the base layer alone")
-    tokens = int((spans[:, 2] - spans[:, 1]).sum())
-    if tokens < GATHER_BELOW * len(spans) and len(spans) > len(spans[:, 0].unique()):
+    tokens = sum(last - first for _, first, last in spans)
+    if tokens < GATHER_BELOW * len(spans) and len(spans) > len({adapter for adapter, _, _ in spans}):
         order = host.argsort(stable=True)[len(host) - tokens :]
         spans = _spans(host[order])
         order = order.to(ids.device)
-    return Segments(ids, spans, order)
+    return Segments(ids, torch.tensor(spans, dtype=torch.int64).view(-1, 3), order)
 
 
-def _spans(ids: Tensor) -> Tensor:
-    """(S, 3) rows (adapter, first, last) of neighbouring equal ids, less those of -1."""
-    adapters, lengths = ids.unique_consecutive(return_counts=True)
-    last = lengths.cumsum(0)
-    return torch.stack([adapters, last - lengths, last], 1)[adapters != -1]
+def _spans(ids: Tensor) -> list[tuple[int, int, int]]:
+    """(adapter, first, last) of each run of equal ids, less those of -1."""
+    adapters, lengths = (t.tolist() for t in ids.unique_consecutive(return_counts=True))
+    runs = zip(adapters, lengths, accumulate(lengths), strict=True)
+    return [(adapter, last - length, last) for adapter, length, last in runs if adapter != -1]
 
 
 def _torch(y, x, lora_A, lora_B, ranks, ids, spans, order) -> None:
@@ -201,7 +201,9 @@ def _check(y, x, lora_A, lora_B, ranks, ids) -> None:
     expected = {"base": (T, N), "x": (T, K), "lora_A": (sum(ranks), K), "lora_B": (N, sum(ranks))}
     for name, t in tensors.items():
         if tuple(t.shape) != expected[name]:
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {expected[name]} beside {T} ids, K = {K} and N = {N}")
+            raise ValueError(
+                f"{name} has shape {tuple(t.shape)}, expected {expected[name]} beside {T} ids, K = {K} and N = {N}"
+            )
         if t.dtype != x.dtype or not t.dtype.is_floating_point:
             raise ValueError(f"{name} is {t.dtype} and x {x.dtype}; cast them to one floating dtype")
         if t.device != x.device:
@@ -213,8 +215,12 @@ def _check(y, x, lora_A, lora_B, ranks, ids) -> None:
 def _check_triton(x: Tensor) -> None:
     """An explicit request never falls back in silence."""
     if find_spec("triton") is None:
-        raise RuntimeError("backend='triton' needs the package triton, which is not installed; the default backend needs nothing")
+        raise RuntimeError(
+            "backend='triton' needs the package triton, which is not installed; the default backend needs nothing"
+        )
     if x.device.type != "cuda":
         raise RuntimeError(f"backend='triton' needs a CUDA device, and x is on {x.device}; the default backend runs everywhere")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"backend='triton' takes float32, bfloat16 and float16, not {x.dtype}; cast, or use the default backend")
+        raise ValueError(
+            f"backend='triton' takes float32, bfloat16 and float16, not {x.dtype}; cast, or use the default backend"
+        )

@@ -2,15 +2,14 @@
 
     shrink   h = x A_aᵀ          expand   y += h B_aᵀ
 
-    x (T, K)   lora_A (R, K)   lora_B (N, R)   y (T, N)   blocks (blocks, 1 + BLOCK_M)   h (PLANES, blocks · BLOCK_M, r_max) fp32
+    x (T, K)   lora_A (R, K)   lora_B (N, R)   y (T, N)   blocks (n, 1 + BLOCK_M)   h (planes, n BLOCK_M, r_max) fp32
 
-A row of `blocks` is an adapter and its tokens, -1 where there are fewer than BLOCK_M. Where blocks alone leave the device idle, K is
-cut into planes, which expand sums in a fixed order. Each element of h and y has one writer: same inputs, same bits.
+A row of `blocks` is an adapter and its tokens, -1 where there are fewer than BLOCK_M. Where blocks alone leave the device idle,
+K is cut into planes, which expand sums in a fixed order. Each element of h and y has one writer: same inputs, same bits.
 Sums are fp32; for half-precision operands h is rounded to their dtype before the second product, as torch does.
 The kernels use only builtins of `tl`, so that a copy of this module can be interpreted beside one that is compiled.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -143,7 +142,7 @@ def pick_shrink_config(block_m: int, r_max: int, wide: bool) -> ShrinkConfig:
 def pick_expand_config(block_m: int, r_max: int, wide: bool) -> ExpandConfig:
     """Arguments as in `pick_shrink_config`."""
     if not wide:
-        return ExpandConfig(block_m, BLOCK_N=32, BLOCK_R=16, num_warps=4, num_stages=1)
+        return ExpandConfig(block_m, BLOCK_N=64, BLOCK_R=16, num_warps=4 if block_m == 16 else 8, num_stages=1)
     return ExpandConfig(block_m, BLOCK_N=128, BLOCK_R=16 if r_max <= 16 else 32, num_warps=4, num_stages=2)
 
 
@@ -176,14 +175,12 @@ def launch(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, ranks: tuple[in
 def _wide(*matrices: Tensor) -> bool:
     """Whether Triton sees that rows of half precision are dense and begin at multiples of 16 bytes."""
     return all(
-        t.element_size() == 2
-        and t.stride(1) == 1
-        and t.stride(0) % 16 == t.shape[1] % 16 == t.data_ptr() % 16 == 0
+        t.element_size() == 2 and t.stride(1) == 1 and t.stride(0) % 16 == t.shape[1] % 16 == t.data_ptr() % 16 == 0
         for t in matrices
     )
 
 
 @lru_cache(maxsize=4096)
-def _first_rank(ranks: Sequence[int], device: torch.device) -> Tensor:
+def _first_rank(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """(adapters + 1,) where each adapter's ranks begin; kept, because a copy to the device at every layer costs a launch."""
     return torch.tensor([0, *ranks], device="cpu").cumsum(0).to(device)

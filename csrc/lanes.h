@@ -95,7 +95,7 @@ struct BFloat16 {
   COBRA_INLINE Floats put(uint16_t* to, Floats value) {
     const Words bits = words(value), quiet = bits | 0x400000u;
     const Words rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
-    const Words half = ((bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded) >> 16;
+    const Words half = (value == value ? rounded : quiet) >> 16;
     store_halves(to, half);
     return floats(half << 16);
   }

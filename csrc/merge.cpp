@@ -5,16 +5,28 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <new>
 #include <vector>
 
 #if defined(__GNUC__) && defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "export.h"
 #include "parallel.h"
+
+#if defined(__GNUC__)
+#define COBRA_ALWAYS __attribute__((always_inline))
+#define COBRA_NEVER __attribute__((noinline))
+#define COBRA_PREFETCH(address, write) __builtin_prefetch(address, write)
+#else
+#define COBRA_ALWAYS
+#define COBRA_NEVER
+#define COBRA_PREFETCH(address, write)
+#endif
 
 namespace cobra {
 namespace {
@@ -35,24 +47,13 @@ struct Tile {
   int64_t row, rows, column, columns;
 };
 
-constexpr int64_t TILE_ROWS = 96;        // a multiple of every ROWS
+constexpr int64_t TILE_ROWS = 192;       // a multiple of every ROWS
 constexpr int64_t TILE_COLUMNS = 512;    // at most
 constexpr int64_t TILE_FACTORS = 32768;  // elements of R in a tile, so that they stay in cache
-constexpr int64_t PANEL_COLUMNS = 32;    // a multiple of every PANEL
-constexpr int64_t MOST_ROWS = 8;
-constexpr int64_t STATISTICS = 3;  // sums of squares: L R, W, (W' - W) - L R
-
-int64_t tile_columns(int64_t rank) {
-  return std::clamp(TILE_FACTORS / std::max<int64_t>(rank, 1) / PANEL_COLUMNS * PANEL_COLUMNS, PANEL_COLUMNS, TILE_COLUMNS);
-}
-
-#if defined(__GNUC__)
-#define COBRA_ALWAYS __attribute__((always_inline))
-#define COBRA_NEVER __attribute__((noinline))
-#else
-#define COBRA_ALWAYS
-#define COBRA_NEVER
-#endif
+constexpr int64_t MOST_COLUMNS = 32;     // of a panel: a multiple of every PANEL
+constexpr int64_t MOST_ROWS = 8;         // of a block: the largest ROWS
+constexpr int64_t SUMS = 3;              // of squares: L R, W, (W' - W) - L R
+constexpr int64_t HUGE_PAGE = 1 << 21;
 
 #define COBRA_ISA portable
 #define COBRA_TARGET
@@ -80,6 +81,7 @@ int64_t tile_columns(int64_t rank) {
 
 using MergeTile = void (*)(const Tile&, float*, float*, double*);
 
+// The fastest for this machine up to level 0 portable, 1 AVX2, 2 AVX-512.
 MergeTile pick(int64_t level) {
 #if defined(__GNUC__) && defined(__x86_64__)
   __builtin_cpu_init();
@@ -93,35 +95,60 @@ MergeTile pick(int64_t level) {
   return portable::merge_tile;
 }
 
+int64_t tile_columns(int64_t rank) {
+  const int64_t fitting = TILE_FACTORS / std::max<int64_t>(rank, 1) / MOST_COLUMNS * MOST_COLUMNS;
+  return std::min(std::max(fitting, MOST_COLUMNS), TILE_COLUMNS);
+}
+
+// The first write to new memory costs more than the merge, page by page; large pages make it fewer.
+void prefer_huge_pages(const Site& site) {
+#if defined(__linux__)
+  const uintptr_t size = uintptr_t(site.rows * site.out_stride * (site.dtype == 0 ? 4 : 2));
+  const uintptr_t first = (uintptr_t(site.out) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const uintptr_t last = (uintptr_t(site.out) + size) / HUGE_PAGE * HUGE_PAGE;
+  if (site.out != site.weight && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)site;
+#endif
+}
+
+void merge_sites(const Site* sites, int64_t count, double* statistics, int64_t threads, int64_t level) {
+  std::vector<Tile> tiles;
+  std::vector<int64_t> ends;
+  int64_t right_size = 0, left_size = 0;
+  for (const Site* site = sites; site != sites + count; ++site) {
+    prefer_huge_pages(*site);
+    const int64_t step = tile_columns(site->rank);
+    for (int64_t row = 0; row < site->rows; row += TILE_ROWS)
+      for (int64_t column = 0; column < site->columns; column += step)
+        tiles.push_back({site, row, std::min(TILE_ROWS, site->rows - row), column, std::min(step, site->columns - column)});
+    ends.push_back(int64_t(tiles.size()));
+    right_size = std::max(right_size, site->rank * step);
+    left_size = std::max(left_size, site->rank * MOST_ROWS);
+  }
+  std::vector<float> scratch(size_t(std::max<int64_t>(threads, 1) * (right_size + left_size)));
+  std::vector<double> sums(statistics ? tiles.size() * SUMS : 0);
+  const MergeTile merge = pick(level);
+  parallel_for(int64_t(tiles.size()), threads, [&](int64_t tile, int64_t worker) {
+    float* right = scratch.data() + worker * (right_size + left_size);
+    merge(tiles[tile], right, right + right_size, statistics ? &sums[tile * SUMS] : nullptr);
+  });
+  if (!statistics) return;
+  std::fill(statistics, statistics + count * SUMS, 0.0);
+  for (int64_t site = 0, tile = 0; site < count; ++site)
+    for (; tile < ends[site]; ++tile)
+      for (int64_t s = 0; s < SUMS; ++s) statistics[site * SUMS + s] += sums[tile * SUMS + s];
+}
+
 }  // namespace
 }  // namespace cobra
 
-COBRA_EXPORT int32_t cobra_merge(const cobra::Site* sites, int64_t count, double* statistics, int64_t threads, int64_t level) try {
-  using namespace cobra;
-  std::vector<Tile> tiles;
-  std::vector<int64_t> first{0};
-  for (int64_t s = 0; s < count; ++s) {
-    const Site& site = sites[s];
-    const int64_t step = tile_columns(site.rank);
-    for (int64_t row = 0; row < site.rows; row += TILE_ROWS)
-      for (int64_t column = 0; column < site.columns; column += step)
-        tiles.push_back({&site, row, std::min(TILE_ROWS, site.rows - row), column, std::min(step, site.columns - column)});
-    first.push_back(int64_t(tiles.size()));
+// statistics: (count, 3), or null. Returns 0, or 1 where there was no memory to work in.
+COBRA_EXPORT int32_t cobra_merge(const void* sites, int64_t count, double* statistics, int64_t threads, int64_t level) {
+  try {
+    cobra::merge_sites(static_cast<const cobra::Site*>(sites), count, statistics, threads, level);
+  } catch (const std::bad_alloc&) {
+    return 1;
   }
-  std::vector<double> sums(statistics ? tiles.size() * STATISTICS : 0);
-  const MergeTile merge = pick(level);
-  parallel_for(int64_t(tiles.size()), threads, [&](int64_t t) {
-    static thread_local std::vector<float> scratch;
-    const int64_t rank = tiles[t].site->rank;
-    scratch.resize(rank * (tile_columns(rank) + 8));
-    merge(tiles[t], scratch.data(), scratch.data() + rank * tile_columns(rank), statistics ? &sums[t * STATISTICS] : nullptr);
-  });
-  for (int64_t s = 0; statistics && s < count; ++s)
-    for (int i = 0; i < STATISTICS; ++i) {
-      statistics[s * STATISTICS + i] = 0;
-      for (int64_t t = first[s]; t < first[s + 1]; ++t) statistics[s * STATISTICS + i] += sums[t * STATISTICS + i];
-    }
   return 0;
-} catch (const std::bad_alloc&) {
-  return 1;
 }

@@ -85,6 +85,12 @@ COBRA_INLINE void finish(const typename Format::Number* weight, typename Format:
   }
 }
 
+// a panel that the next block of rows needs: without it memory idles while this block is summed
+template <class Number, bool WRITE>
+COBRA_INLINE void prefetch(const Number* panel) {
+  for (int j = 0; j < PANEL; j += 64 / int(sizeof(Number))) COBRA_PREFETCH(panel + j, WRITE);
+}
+
 template <class Format, bool STATISTICS>
 COBRA_INLINE void merge_format(const Tile& tile, float* right, float* left, double* statistics) {
   using Number = typename Format::Number;
@@ -98,12 +104,10 @@ COBRA_INLINE void merge_format(const Tile& tile, float* right, float* left, doub
     Number* out = static_cast<Number*>(site.out) + (tile.row + row) * site.out_stride + tile.column;
     for (int64_t column = 0; column < tile.columns; column += PANEL) {
       float delta[ROWS * PANEL], before[ROWS * PANEL], after[ROWS * PANEL];
-      if (row + 2 * ROWS <= tile.rows)
-        for (int64_t i = 0; i < ROWS; ++i) {
-          const char* w = (const char*)(weight + (ROWS + i) * site.weight_stride + column);
-          const char* o = (const char*)(out + (ROWS + i) * site.out_stride + column);
-          for (int b = 0; b < int(PANEL * sizeof(Number)); b += 64) { __builtin_prefetch(w + b, 0, 3); __builtin_prefetch(o + b, 1, 3); }
-        }
+      for (int64_t i = ROWS; i < std::min<int64_t>(2 * ROWS, tile.rows - row); ++i) {
+        prefetch<Number, false>(weight + i * site.weight_stride + column);
+        prefetch<Number, true>(out + i * site.out_stride + column);
+      }
       multiply(left, right + column * site.rank, site.rank, delta);
       const int64_t columns = std::min<int64_t>(PANEL, tile.columns - column);
       for (int64_t i = 0; i < rows; ++i) {

@@ -4,27 +4,29 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
 namespace cobra {
 
-// Calls work(first task), ... once each, in no fixed order; a task must not depend on which thread runs it, nor throw.
+// Calls work(task, worker) once for each task in [0, tasks), in no fixed order; worker is in [0, threads). What a task does must
+// not depend on its worker, and must not throw.
 template <class Work>
 void parallel_for(int64_t tasks, int64_t threads, const Work& work) {
   std::atomic<int64_t> next{0};
-  const auto drain = [&] {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) work(task);
+  const auto drain = [&](int64_t worker) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) work(task, worker);
   };
+  const int64_t workers = std::min(threads, tasks);
   std::vector<std::thread> helpers;
+  helpers.reserve(size_t(std::max<int64_t>(workers - 1, 0)));
   try {
-    helpers.reserve(size_t(std::max<int64_t>(0, std::min(threads, tasks) - 1)));
-    while (helpers.size() < helpers.capacity()) helpers.emplace_back(drain);
-  } catch (const std::system_error&) {
+    for (int64_t worker = 1; worker < workers; ++worker) helpers.emplace_back(drain, worker);
+  } catch (const std::exception&) {
     // no more threads to be had: those that run, and this one, do all of it
   }
-  drain();
+  drain(0);
   for (std::thread& helper : helpers) helper.join();
 }
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from cobra.device import DEVICES, ITEMSIZE, DeviceSpec, device_spec, measure_cpu
+from cobra.deploy.device import DEVICES, ITEMSIZE, DeviceSpec, device_spec, measure_cpu
 
 OWN = {
     "name": "board",

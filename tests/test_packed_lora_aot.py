@@ -1,18 +1,15 @@
-"""Every Triton kernel of `packed_lora`, compiled for A100 and H100 without either: does it fit, and does it stay in registers?"""
+"""Every Triton kernel of `packed_lora`, compiled for A100 and H100 without either: whether it fits, and stays in registers."""
 
 import re
 import subprocess
+from importlib import import_module
 from itertools import product
 
 import pytest
 
 triton = pytest.importorskip("triton")
-
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
-
-from cobra_kernels import packed_lora_triton as kernels
+nvidia = pytest.importorskip("triton.backends.nvidia.compiler")
+kernels = import_module("cobra_kernels.packed_lora_triton")
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes a block may have
 TENSOR_CORES = {80: r"mma\.sync", 90: r"mma\.sync|wgmma\.mma_async"}
@@ -64,21 +61,22 @@ def source(name, config, operands):
     kinds = {"operand": f"*{dtype}", "unit": "constexpr" if dense else "i32"}
     signature = {argument: kinds.get(kind, kind) for argument, kind in types.items()}
     attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
-    return ASTSource(kernel, signature, units | tiles, attributes if aligned else {})
+    return triton.compiler.ASTSource(kernel, signature, units | tiles, attributes if aligned else {})
 
 
 @pytest.mark.parametrize(("name", "config", "operands", "arch"), list(cases()))
 def test_fits_and_does_not_spill(name, config, operands, arch, tmp_path):
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    compiled = triton.compile(source(name, config, operands), target=GPUTarget("cuda", arch, 32), options=options)
+    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
+    compiled = triton.compile(source(name, config, operands), target=target, options=options)
     assert compiled.metadata.shared <= SHARED_MEMORY[arch]
     if not operands.startswith("fp32"):
         assert re.search(TENSOR_CORES[arch], compiled.asm["ptx"])
     assert "ld.local" not in compiled.asm["ptx"]
     ptx = tmp_path / "kernel.ptx"
     ptx.write_text(compiled.asm["ptx"])
-    target = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
-    command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", str(ptx), "-o", str(tmp_path / "kernel.cubin")]
+    gpu = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
+    command = [nvidia.get_ptxas(arch).path, "-v", f"--gpu-name={gpu}", str(ptx), "-o", str(tmp_path / "kernel.cubin")]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert frames == [("0", "0", "0")], report

@@ -19,7 +19,7 @@ from test_lora import trained
 from torch import nn
 
 from cobra.lora import LoraAdapter, LoraLayer
-from cobra.serving import PackedLinear, serve
+from cobra.deploy.serving import PackedLinear, serve
 
 BUILDS = {
     "vit": (vit, image_batch),

@@ -97,10 +97,10 @@ def _what(adapter: LoraAdapter, layout: str) -> str:
         how = f"Every layer is written at rank {max(adapter.ranks.values())}, padded with zeros"
     else:
         how = "Every layer is written at its own rank; layers of rank 0 are left out"
-    base = adapter.base_model if _on_hub(adapter.base_model) else ""
+    title = f"# LoRA adapter for {adapter.base_model}" if _on_hub(adapter.base_model) else "# LoRA adapter"
     text = (
-        f"# LoRA adapter{f' for {base}' if base else ''}\n\nA plain LoRA adapter on {kept} of {len(adapter.ranks)} linear layers, written "
-        f"by COBRA (`cobra-peft`). {how} (layout `{layout}`). Scaling is folded into `lora_B`: alpha / r is 1 everywhere."
+        f"{title}\n\nA plain LoRA adapter on {kept} of {len(adapter.ranks)} linear layers, written by COBRA (`cobra-peft`). "
+        f"{how} (layout `{layout}`). Scaling is folded into `lora_B`: alpha / r is 1 everywhere."
     )
     if adapter.provenance.get("plan"):
         text += " The ranks were chosen layer by layer under one budget."

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from cobra.export.folder import PREFIX, Checkpoint, matches
+from cobra.export.folder import PREFIX, Checkpoint, endings_of, matches
 from cobra.export.rules import (
     BASE_CHANGING_INITS,
     MERGE,
@@ -52,7 +52,7 @@ def peft_rules(c: Checkpoint) -> Iterator[Finding]:
     if targets is None and not c.config.get("target_parameters"):
         message = "target_modules is missing: peft guesses it from the model's type, or raises"
         yield Finding("warning", message, "list the modules' names")
-    dropped = [name for name in c.modules if targets is not None and not c.is_fused_experts(name) and not _is_targeted(c, name)]
+    dropped = _dropped(c) if targets is not None else []
     if dropped:
         yield Finding(
             "error",
@@ -155,14 +155,19 @@ def _unused_patterns(c: Checkpoint) -> Iterator[Finding]:
                 yield Finding("warning", message, "list full names, longer ones first")
 
 
-def _is_targeted(c: Checkpoint, name: str) -> bool:
-    def named(field: str) -> bool:
+def _dropped(c: Checkpoint) -> list[str]:
+    """Modules of the file that peft gives no layer."""
+
+    def named(field: str) -> Callable[[str], bool]:
         names = c.config.get(field) or []
         if isinstance(names, str):
-            return names == "all-linear" or re.fullmatch(names, name) is not None
-        return any(f".{name}".endswith(f".{ending}") for ending in names)
+            return lambda name: names == "all-linear" or re.fullmatch(names, name) is not None
+        listed = set(names)
+        return lambda name: any(ending in listed for ending in endings_of(name))
 
-    return named("target_modules") and not named("exclude_modules") and not _in_head(c, name)
+    targeted, excluded = named("target_modules"), named("exclude_modules")
+    names = [name for name in c.modules if not c.is_fused_experts(name)]
+    return [name for name in names if not targeted(name) or excluded(name) or _in_head(c, name)]
 
 
 def _in_head(c: Checkpoint, name: str) -> bool:
@@ -192,14 +197,14 @@ def _uneven_experts(c: Checkpoint) -> Iterator[Finding]:
         match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(.+)", name)
         if match:
             layers[match[1]][match[3]][int(match[2])] = shapes.rank
-    everywhere = {projection for projections in layers.values() for projection in projections}
+    everywhere = sorted({projection for projections in layers.values() for projection in projections})
+    missing, uneven = [], []
     for layer, projections in layers.items():
-        experts = set().union(*projections.values())
-        missing = [f"{layer}.{e}.{p}" for p in sorted(everywhere) for e in sorted(experts) if e not in projections[p]]
-        if missing:
-            message = f"{missing[0]} has no adapter{more(missing)}: experts are stacked, and need one each"
-            yield Finding("error", message, PADDED)
-        for projection, ranks in projections.items():
-            if len(set(ranks.values())) > 1:
-                found = ", ".join(map(str, sorted(set(ranks.values()))))
-                yield Finding("error", f"{layer}.*.{projection}: experts have ranks {found}; they must have one", PADDED)
+        experts = sorted(set().union(*projections.values()))
+        missing += [f"{layer}.{e}.{p}" for p in everywhere for e in experts if e not in projections[p]]
+        ranks = {f"{layer}.*.{p}": sorted(set(of_experts.values())) for p, of_experts in projections.items()}
+        uneven += [f"{name} has ranks {', '.join(map(str, found))}" for name, found in ranks.items() if len(found) > 1]
+    if missing:
+        yield Finding("error", f"{missing[0]} has no adapter{more(missing)}: experts are stacked, and need one each", PADDED)
+    if uneven:
+        yield Finding("error", f"{uneven[0]}{more(uneven)}: experts are stacked, and must have one", PADDED)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -51,11 +52,16 @@ class Checkpoint:
     @cached_property
     def rank_keys(self) -> dict[str, str | None]:
         """Module -> the key of rank_pattern that sets its rank."""
-        return {name: first_match(self.pattern("rank_pattern"), self.settings_name(name)) for name in self.modules}
+        return self._first_keys("rank_pattern")
 
     @cached_property
     def alpha_keys(self) -> dict[str, str | None]:
-        return {name: first_match(self.pattern("alpha_pattern"), self.settings_name(name)) for name in self.modules}
+        return self._first_keys("alpha_pattern")
+
+    def _first_keys(self, field: str) -> dict[str, str | None]:
+        names = {name: self.settings_name(name) for name in self.modules}
+        found = first_matches(list(self.pattern(field)), set(names.values()))
+        return {name: found[settings_name] for name, settings_name in names.items()}
 
     @property
     def r(self) -> int:
@@ -92,16 +98,39 @@ class Checkpoint:
         return f"{down}.gate_up_proj" if down != name else f"{down}.down_proj"
 
 
-def first_match(pattern: dict, name: str) -> str | None:
-    """peft's rule: keys are expressions for the name or for its end after a dot, and the first that matches wins."""
-    return next((key for key in pattern if matches(key, name)), None)
+def first_matches(keys: list[str], names: Iterable[str]) -> dict[str, str | None]:
+    """peft's rule: a key is an expression for a name or for its end after a dot, and the first key that matches wins.
+
+    Most keys are plain names, thousands where experts have ranks of their own. A plain key matches the very same ending, or,
+    since its dots stand for any character, one of equal length with fewer dots.
+    """
+    order = {key: i for i, key in enumerate(keys)}
+    plain = {key for key in keys if re.fullmatch(r"[\w.-]+", key)}
+    expressions = [key for key in keys if key not in plain]
+    by_dots: dict[int, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for key in plain:
+        by_dots[len(key)][key.count(".")].append(key)
+    found = {}
+    for name in names:
+        endings = endings_of(name)
+        candidates = expressions + [ending for ending in endings if ending in plain]
+        for ending in endings:
+            dots = ending.count(".")
+            candidates += [key for count, group in by_dots.get(len(ending), {}).items() if count > dots for key in group]
+        found[name] = min((key for key in candidates if matches(key, name)), key=order.__getitem__, default=None)
+    return found
+
+
+def endings_of(name: str) -> list[str]:
+    """The name, and what is left of it after each dot."""
+    return [name, *(name[i + 1 :] for i, character in enumerate(name) if character == ".")]
 
 
 def matches(key: str, name: str) -> bool:
     return _compiled(key).match(name) is not None
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=65536)
 def _compiled(key: str) -> re.Pattern:
     return re.compile(rf"(.*\.)?({key})$")
 
@@ -165,7 +194,7 @@ def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             )
         raise FileNotFoundError(f"{path}: no such file; expected the tensors of a LoRA adapter")
     try:
-        with safe_open(path, framework="pt") as f:
+        with safe_open(path, framework="numpy") as f:
             slices = {key: f.get_slice(key) for key in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
             return {key: (s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
     except SafetensorError as error:

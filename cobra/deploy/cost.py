@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cobra.device import ITEMSIZE, DeviceSpec, checked_fields, is_number, nearest, one_of
+from cobra.deploy.device import ITEMSIZE, DeviceSpec, checked_fields, is_number, nearest, one_of
 from cobra.lora import LoraAdapter, LoraLayer
 from cobra.plan import RankPlan
 from cobra.sites import is_linear, linear_weight

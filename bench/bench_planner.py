@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bench.timing import Comparison, Timing
-from cobra.deploy_cost import SiteShape, Workload, unmerged_cost
-from cobra.device import measure_cpu
+from cobra.deploy.cost import SiteShape, Workload, unmerged_cost
+from cobra.deploy.device import measure_cpu
 
 SHAPES = ((384, 384), (384, 1536), (1536, 384))
 RANKS = (4, 16, 64)

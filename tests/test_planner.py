@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import minilm
 
-from cobra.deploy import DeploymentPlan, SiteShape, Workload, plan_deployment, predicted_rounding_loss, site_shapes
-from cobra.device import DEVICES, DeviceSpec
+from cobra.deploy.cost import SiteShape, Workload, predicted_rounding_loss, site_shapes
+from cobra.deploy.device import DEVICES, DeviceSpec
+from cobra.deploy.planner import DeploymentPlan, plan_deployment
 from cobra.lora import LoraAdapter, LoraLayer
 
 H100 = DEVICES["H100"]

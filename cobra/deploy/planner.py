@@ -6,7 +6,7 @@
     padded   adapters at their largest rank, in one batched product
 
 A lone, long-lived adapter is merged where the predicted rounding loss is within tolerance; otherwise what takes less time
-is taken, and of equals what stores less. `cobra.deploy_cost` has the equations.
+is taken, and of equals what stores less. `cobra.deploy.cost` has the equations.
 """
 
 from __future__ import annotations
@@ -18,36 +18,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cobra.deploy_cost import (
+from cobra.deploy.cost import (
     Cost,
-    MergeChunk,
-    MergePiece,
     MergeSchedule,
     SiteShape,
     Workload,
     merge_schedule,
     merge_seconds,
-    predicted_rounding_loss,
     require_int,
-    site_shapes,
     unmerged_cost,
 )
-from cobra.device import ITEMSIZE, DeviceSpec, checked_fields, device_spec, is_number, nearest, one_of
-
-__all__ = [
-    "CHOICES",
-    "DeploymentPlan",
-    "MergeChunk",
-    "MergePiece",
-    "MergeSchedule",
-    "SiteDeployment",
-    "SiteShape",
-    "Workload",
-    "merge_schedule",
-    "plan_deployment",
-    "predicted_rounding_loss",
-    "site_shapes",
-]
+from cobra.deploy.device import ITEMSIZE, DeviceSpec, checked_fields, device_spec, is_number, nearest, one_of
 
 CHOICES = ("base", "merged", "packed", "padded")
 

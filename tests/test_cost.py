@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import attached, gpt2, minilm
 
-from cobra.deploy_cost import (
+from cobra.deploy.cost import (
     SiteShape,
     Workload,
     merge_schedule,
@@ -19,7 +19,7 @@ from cobra.deploy_cost import (
     site_shapes,
     unmerged_cost,
 )
-from cobra.device import DEVICES, ITEMSIZE, DeviceSpec
+from cobra.deploy.device import DEVICES, ITEMSIZE, DeviceSpec
 from cobra.lora import LoraAdapter, LoraLayer
 from cobra_kernels import merge_lora
 
