@@ -1,15 +1,18 @@
 """Builds the optional C extension: plain functions over raw pointers, loaded with ctypes."""
 
 import os
+from glob import glob
 
 from setuptools import Extension, setup
 
+windows = os.name == "nt"
 extension = Extension(
     "cobra_kernels._C",
-    sources=["csrc/gates.cpp"],
+    sources=["csrc/gates.cpp", "csrc/merge.cpp"],
     include_dirs=["csrc"],
-    depends=["csrc/philox.h"],
-    extra_compile_args=[] if os.name == "nt" else ["-std=c++17", "-O3", "-fvisibility=hidden"],
+    depends=sorted(glob("csrc/*.h")),
+    extra_compile_args=["/std:c++17"] if windows else ["-std=c++17", "-O3", "-fvisibility=hidden", "-pthread"],
+    extra_link_args=[] if windows else ["-pthread"],
     language="c++",
     optional=True,
 )

@@ -13,7 +13,7 @@ from cobra.calibrate import calibrate
 from cobra.config import CobraConfig
 from cobra.deploy.serving import ServedAdapters, serve
 from cobra.linear import CobraLinear
-from cobra.load import load_adapter
+from cobra.export.load import load_adapter
 from cobra.lora import LoraAdapter, combine
 from cobra.merge import MergeReport
 from cobra.plan import RankPlan, plan_ranks

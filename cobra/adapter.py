@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from cobra import checkpoint, shrink
+from cobra import checkpoint, distributed, shrink
 from cobra.budget import Budget, allocate
 from cobra.config import CobraConfig
 from cobra.linear import CobraLinear
@@ -82,9 +83,23 @@ class Adapter:
         self._merged: Merge | None = None
         self._mode_at_merge = model.training
         self._versions_at_cut: list[int] | None = None
+        self._steps_since_change = 0  # of the set of parameters
         self._nesting = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
-        self._set_nested_tensors(False)
+        self.loading_optimizer: Optimizer | None = None  # is cut too where a loaded state cuts the adapter
+        self._load_hook: RemovableHandle | None = None
+        self._claim()
         self._draw()
+
+    def _claim(self) -> None:
+        for group in self.groups:
+            for layer in group.all_layers:
+                layer.adapter = self
+        self._mark_model(adapted=True)
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        if self._merged is None:
+            self._claim()
 
     # training
 
@@ -104,14 +119,14 @@ class Adapter:
         """() beta × KL of the gates' posterior from their prior, for one optimizer step.
 
         Where gradients of n micro-batches are accumulated, divide the whole loss by n: then the KL counts once.
-        Zero once the ranks are cut.
+        Zero once the ranks are cut. Engines that average gradients over ranks average equal ones here: it counts once there too.
         """
         self._check_attached()
         gated = [group for group in self.groups if group.gate is not None]
         if not gated:
             return torch.zeros((), device=next(self.model.parameters()).device)
         device = gated[0].gate.device  # a model may lie on several
-        logits = torch.cat([group.gate.to(device) for group in gated])
+        logits = torch.cat([distributed.whole(group.gate).to(device) for group in gated])
         prior = torch.cat([logits.new_full((group.rank,), group.prior) for group in gated])
         if self.config.kl == "concrete" and gated[0].noise is not None:
             kl = gate_kl_sampled(logits, prior, torch.cat([group.noise.to(device) for group in gated]))
@@ -120,8 +135,13 @@ class Adapter:
         return self.config.beta * (kl.sum() if self.config.kl_reduction == "sum" else kl.mean())
 
     def step(self) -> None:
-        """Call once after every optimizer step: the next step's gates and temperature."""
+        """Call once after every optimizer step: the next step's gates and temperature.
+
+        Raises RuntimeError where ranks turn out to train apart: then no engine averages the gradients of these parameters.
+        """
         self._check_attached()
+        self._steps_since_change += 1
+        distributed.after_step(self.groups, self._steps_since_change, f"{self.base_fingerprint} {self.config}")
         if self._versions_at_cut is not None:
             if self._versions_at_cut and self._versions_at_cut == self._versions():
                 warnings.warn(
@@ -158,7 +178,8 @@ class Adapter:
     def expected_ranks(self) -> dict[str, float]:
         """Group -> Σ sigmoid(gate logits), the rank the posterior expects."""
         return {
-            group.name: float(group.rank) if group.gate is None else group.gate.sigmoid().sum().item() for group in self.groups
+            group.name: float(group.rank) if group.gate is None else distributed.whole(group.gate).sigmoid().sum().item()
+            for group in self.groups
         }
 
     def trainable_parameters(self) -> int:
@@ -200,7 +221,9 @@ class Adapter:
 
     def _gate_logits(self, group: Group) -> Tensor:
         gate = group.gate
-        return torch.full((group.rank,), group.prior, dtype=torch.float64) if gate is None else gate.detach().double().cpu()
+        if gate is None:
+            return torch.full((group.rank,), group.prior, dtype=torch.float64)
+        return distributed.whole(gate.detach()).double().cpu()
 
     @contextmanager
     def hard_gates(self, plan: RankPlan) -> Iterator[None]:
@@ -222,6 +245,7 @@ class Adapter:
         Raises ValueError for a plan of another adapter, or one that was applied before.
         """
         self._check_plan(plan)
+        distributed.check_whole(self.state_dict(), "apply(plan)")
         if optimizer is not None:
             shrink.check_optimizer(optimizer)
         removed: list[nn.Parameter] = []
@@ -239,7 +263,7 @@ class Adapter:
             shrink.forget(optimizer, removed)
         self.groups = [group for group, site in zip(self.groups, plan.sites, strict=True) if site.kept]
         self.plan = plan
-        self._versions_at_cut = self._versions()
+        self._versions_at_cut, self._steps_since_change = self._versions(), 0
 
     def _versions(self) -> list[int]:
         """Of the matrices alone: the heads are the same objects after the cut, and an old optimizer goes on moving them."""
@@ -277,6 +301,7 @@ class Adapter:
         """
         if self._merged is not None:
             raise ValueError("the adapter is merged already")
+        distributed.check_whole(self.state_dict(), "merge()")
         check_merge_options(tolerance, above)
         before = None if probe is None else probe_outputs(self.model, probe)
         work = {
@@ -287,7 +312,7 @@ class Adapter:
         merged = merge_layers(list(work.values()), tolerance, above)
         for site in merged.sites:
             self._restore(site)
-        self._set_nested_tensors(not merged.kept)
+        self._mark_model(adapted=bool(merged.kept))
         self._merged, self._mode_at_merge = merged, self.model.training
         moved = None if before is None else (probe_outputs(self.model, probe) - before).abs().max().item()
         return MergeReport(merged.reports, moved)
@@ -306,7 +331,7 @@ class Adapter:
             for site, layers in zip(group.sites, group.layers, strict=True):
                 if id(site) in merged:
                     self._put_back(site, layers)
-        self._set_nested_tensors(False)
+        self._mark_model(adapted=True)
         self._merged = None
 
     def _put_back(self, site: Site, layers: list[CobraLinear]) -> None:
@@ -322,12 +347,13 @@ class Adapter:
 
         Heads that were trained (`modules_to_save`) stay as they are.
         """
+        distributed.check_whole(self.state_dict(), "detach()")
         if self._merged is not None:
             self.unmerge()
         for group in self.groups:
             for site in group.sites:
                 self._restore(site)
-        self._set_nested_tensors(True)
+        self._mark_model(adapted=False)
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in self._trainable_before)
 
@@ -335,10 +361,14 @@ class Adapter:
         if self._merged is not None:
             raise ValueError("the adapter is merged: there is nothing to train; unmerge() it first")
 
-    def _set_nested_tensors(self, allowed: bool) -> None:
-        """nn.TransformerEncoder packs its input for a fast path that adapted layers do not take."""
+    def _mark_model(self, adapted: bool) -> None:
+        """While it is adapted, the model takes states of cut adapters, and nn.TransformerEncoder does not pack its input for a
+        fast path that adapted layers do not take."""
         for encoder in self._nesting:
-            encoder.use_nested_tensor = allowed
+            encoder.use_nested_tensor = not adapted
+        if self._load_hook is not None:
+            self._load_hook.remove()
+        self._load_hook = self.model.register_load_state_dict_pre_hook(checkpoint.cut_like) if adapted else None
 
     def _restore(self, site: Site) -> None:
         training = self.model.training
@@ -365,7 +395,7 @@ class Adapter:
         layers = dict(sorted(layers.items(), key=lambda item: order.get(item[0], len(order))))
         return LoraAdapter(
             layers=layers,
-            heads={name: head.state_dict() for name, head in self.heads.items()},
+            heads={name: {k: distributed.whole(v) for k, v in head.state_dict().items()} for name, head in self.heads.items()},
             transposed=any(layer.transposed for group in self.groups for layer in group.all_layers),
             dropout=self.config.dropout,
             ambiguous=any(other.endswith(f".{name}") for other in order for name in layers),
@@ -380,11 +410,13 @@ class Adapter:
         )
 
     def save_pretrained(self, folder: Path | str, layout: str = "compact") -> None:
-        """Writes a plain LoRA checkpoint that peft loads (`cobra.export.peft`)."""
-        self.to_lora().save_pretrained(folder, layout)
+        """Writes a plain LoRA checkpoint that peft loads (`cobra.export.peft`); of several ranks, rank 0 does."""
+        lora = self.to_lora()
+        if not distributed.rank():
+            lora.save_pretrained(folder, layout)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor that training changes, by full name: matrices, gates and heads."""
+        """Every tensor that training changes, by full name: matrices, gates and heads, as FSDP2 holds them where it does."""
         return checkpoint.adapter_tensors(self)
 
     def save_checkpoint(self, path: Path | str, optimizer: Optimizer | None = None, scheduler=None) -> None:

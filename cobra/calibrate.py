@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cobra import objective
+from cobra import distributed, objective
 from cobra.batch import Batch, model_device
 from cobra.conductance import Attribution, attribute
 from cobra.config import CHOICES, TargetModules
@@ -51,9 +51,13 @@ def calibrate(
     granularity: "site" scores every layer, "block" every transformer block
     target, loss: (outputs, batch) -> (batch,), what is attributed and whose gradient is taken; by default the gold-class
         logit, the output, or the mean gold-token log-probability, and the model's own loss
-    max_examples: of the loader that are used, from its start; examples whose labels are all -100 do not count
+    max_examples: of the loader that are used, from its start; examples whose labels are all -100 do not count. Of all ranks
+        together where there are several, each taking an equal share from the start of its own loader
     target_modules: as in `CobraConfig`
     chunk_bytes: activation memory the path sweep may take; larger chunks are not faster on a CPU
+
+    Where torch.distributed is initialised, every rank calls it with a loader of its own part of the examples; all get the
+    scores of all examples, those of rank 0 first.
 
     Raises ValueError for an empty loader, labels all masked, losses or scores that are not finite, and what
     `find_sites`, `find_entry` and `path_rule` raise. Warns of layers that are not used and of a poor quadrature.
@@ -68,26 +72,6 @@ def calibrate(
     rule = path_rule(estimator, quadrature, steps)
     target_of = _unwrapped(target) or partial(objective.default_target, model)
     loss_of = _unwrapped(loss) or partial(objective.default_loss, model)
-    collected = _Collected()
-    with frozen(model), Progress("calibrate", _examples(loader, max_examples), shown=progress) as bar:
-        for index, (batch, counted) in enumerate(_batches(model, loader, max_examples)):
-            entry = find_entry(model, batch, baseline)
-            norms = gradient_norms(model, sites, entry, batch, loss_of)
-            _check_losses(norms.losses, index)
-            if index == 0 and loss is None:
-                _check_default_loss(model, batch, norms.losses)
-            attribution = attribute(
-                model,
-                sites,
-                entry,
-                batch,
-                rule,
-                target_of,
-                direct=estimator == "direct",
-                max_rows=max(1, int(chunk_bytes / 1.3) // max(1, norms.row_bytes)),  # the sweep holds site outputs too
-            )
-            collected.add(counted, norms, attribution)
-            bar.advance(batch.size)
     settings = {
         "estimator": estimator,
         "quadrature": quadrature,
@@ -95,8 +79,35 @@ def calibrate(
         "baseline": baseline if isinstance(baseline, str) else "tensor",
         "granularity": granularity,
     }
+    of_all = distributed.share(max_examples)
+
+    def measure() -> distributed.Results:
+        collected = _Collected()
+        with frozen(model), Progress("calibrate", _examples(loader, of_all), shown=progress and not distributed.rank()) as bar:
+            for index, (batch, counted) in enumerate(_batches(model, loader, of_all)):
+                entry = find_entry(model, batch, baseline)
+                norms = gradient_norms(model, sites, entry, batch, loss_of)
+                _check_losses(norms.losses, index)
+                if index == 0 and loss is None:
+                    _check_default_loss(model, batch, norms.losses)
+                attribution = attribute(
+                    model,
+                    sites,
+                    entry,
+                    batch,
+                    rule,
+                    target_of,
+                    direct=estimator == "direct",
+                    max_rows=max(1, int(chunk_bytes / 1.3) // max(1, norms.row_bytes)),  # the sweep holds site outputs too
+                )
+                collected.add(counted, norms, attribution)
+                bar.advance(batch.size)
+        return collected.results({**settings, "fingerprint": fingerprint(sites)})
+
+    collected = _Collected.of(distributed.gather_results(measure, "calibration", model_device(model)))
     scores = collected.scores(sites, settings)
-    _warn(scores)
+    if not distributed.rank():
+        _warn(scores)
     return scores
 
 
@@ -106,6 +117,28 @@ class _Collected:
     def __init__(self):
         self.squared, self.attributed, self.entry, self.change = [], [], [], []
         self.called, self.reached, self.batches = frozenset(), frozenset(), 0
+
+    @classmethod
+    def of(cls, ranks: list[distributed.Results]) -> _Collected:
+        """What all ranks measured, in their order."""
+        collected, measured = cls(), ranks[0][1]["measured"]
+        for index, (tensors, values) in enumerate(ranks):
+            other = [key for key in measured if values["measured"][key] != measured[key]]
+            if other:
+                found = f"{other[0]}={values['measured'][other[0]]!r}, rank 0 with {measured[other[0]]!r}"
+                raise ValueError(f"rank {index} calibrated with {found}; give every rank the same model and arguments")
+            for name in ("squared", "attributed", "entry", "change"):
+                getattr(collected, name).extend([tensors[name]] if name in tensors else [])
+            collected.called |= frozenset(values["called"])
+            collected.reached |= frozenset(values["reached"])
+            collected.batches += values["batches"]
+        return collected
+
+    def results(self, measured: dict) -> distributed.Results:
+        """For the other ranks; `measured`: what must be the same on all of them."""
+        lists = {"squared": self.squared, "attributed": self.attributed, "entry": self.entry, "change": self.change}
+        values = {"called": sorted(self.called), "reached": sorted(self.reached), "batches": self.batches}
+        return {name: torch.cat(found) for name, found in lists.items() if found}, {**values, "measured": measured}
 
     def add(self, counted: Tensor, norms: GradientNorms, attribution: Attribution) -> None:
         self.squared.append(norms.squared[counted])

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cobra import storage
-from cobra.plan import RankPlan
+from cobra.distributed import spread, whole
+from cobra.linear import adapters_of
+from cobra.plan import RankPlan, SitePlan, rank_cost
 
 if TYPE_CHECKING:
     from cobra.adapter import Adapter
@@ -39,7 +41,7 @@ def adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def save(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, scheduler) -> None:
-    """Writes the checkpoint, whole or not at all."""
+    """Writes the checkpoint, whole or not at all. Of several ranks each writes its own file: dropout's states differ."""
     tensors = {f"adapter.{name}": tensor for name, tensor in adapter_tensors(adapter).items()}
     tensors["prior"] = torch.tensor([group.prior for group in adapter.groups], dtype=torch.float64)
     tensors["rng"] = torch.get_rng_state()
@@ -62,7 +64,7 @@ def save(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, schedu
                 else:
                     scalars.setdefault(str(index), {})[key] = value
         meta["optimizer"] = _encoded({"param_groups": state["param_groups"], "scalars": scalars}, "optimizer")
-    storage.write_tensors(path, tensors, KIND, meta)
+    storage.write_tensors(path, {name: whole(tensor) for name, tensor in tensors.items()}, KIND, meta)
 
 
 def load(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, scheduler) -> None:
@@ -99,7 +101,7 @@ def load(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, schedu
             raise storage.FormatError(f"{path}: tensor {name!r} should have shape {tuple(tensor.shape)}, found {shape}")
     with torch.no_grad():
         for name, tensor in expected.items():
-            tensor.copy_(tensors[f"adapter.{name}"])
+            tensor.copy_(spread(tensors[f"adapter.{name}"], tensor))
     for group, prior in zip(adapter.groups, tensors["prior"].tolist(), strict=True):
         group.prior = prior
     adapter.move_to_step(meta["step"])
@@ -107,13 +109,40 @@ def load(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, schedu
         state = _optimizer_state(tensors, _decoded(meta["optimizer"]))
         if len(state["param_groups"]) < len(optimizer.param_groups):  # saved from an optimizer made after the cut
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(_spread_state(state, optimizer))
     if scheduler is not None:
         scheduler.load_state_dict(_decoded(meta["scheduler"]))
     torch.set_rng_state(tensors["rng"])
     for index in _cuda_devices(adapter):
         if f"rng.cuda:{index}" in tensors:
             torch.cuda.set_rng_state(tensors[f"rng.cuda:{index}"], index)
+
+
+def cut_like(model: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
+    """Before a model loads a state that was saved after the cut: cuts a freshly attached adapter to the ranks found there.
+
+    Which gates they were, a state does not say; the plan that is applied keeps the first ones.
+    """
+    for adapter in adapters_of(model):
+        names = {g.name: [f"{prefix}{name}" for site in g.sites for name, _ in site.modules] for g in adapter.groups}
+        found = {
+            g: next((state[f"{n}.lora_A"].shape[0] for n in each if f"{n}.lora_A" in state), 0) for g, each in names.items()
+        }
+        gated = any(f"{n}.lora_gate" in state for each in names.values() for n in each)
+        smaller = any(found[g.name] < g.rank for g in adapter.groups)
+        if adapter.plan is not None or gated or not any(found.values()) or not smaller:
+            continue
+        sites = tuple(
+            SitePlan(
+                g.name,
+                tuple(site.name for site in g.sites),
+                rank_cost("parameters", g.shapes),
+                tuple(range(found[g.name])),
+                tuple(float(k < found[g.name]) for k in range(g.rank)),
+            )
+            for g in adapter.groups
+        )
+        adapter.apply(RankPlan(sites, "one", adapter.base_fingerprint, {"source": "a loaded state"}), adapter.loading_optimizer)
 
 
 def _check_same_run(adapter: Adapter, path: Path | str, meta: dict) -> None:
@@ -135,6 +164,17 @@ def _optimizer_state(tensors: dict[str, Tensor], meta: dict) -> dict:
             _, index, key = name.split(".", 2)
             state.setdefault(int(index), {})[key] = tensor
     return {"state": state, "param_groups": meta["param_groups"]}
+
+
+def _spread_state(state: dict, optimizer: Optimizer) -> dict:
+    """The state with every tensor that is shaped like its parameter held as that parameter is."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in state["state"].items():
+        p = parameters[index]
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.shape == p.shape:
+                values[key] = spread(value, p)
+    return state
 
 
 def _cuda_devices(adapter: Adapter) -> list[int]:

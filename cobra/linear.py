@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cobra.distributed import whole
 from cobra.lora import LoraLayer
 from cobra.sites import is_conv1d, linear_weight
 from cobra_kernels import concrete_gates, gated_lora_linear
+
+if TYPE_CHECKING:
+    from cobra.adapter import Adapter
 
 
 def _no_change(module: nn.Module, args: tuple) -> None:
@@ -38,6 +43,7 @@ class CobraLinear(nn.Linear):
         self.out_features, self.in_features = self.linear_weight.shape
         self.scaling, self.dropout = scaling, dropout
         self.cut: tuple[Tensor, Tensor] | None = None
+        self.adapter: Adapter | None = None  # the handle this layer belongs to
         # nn.TransformerEncoderLayer's fast path reads weights and calls no module, unless one of them has a hook
         self.register_forward_pre_hook(_no_change)
 
@@ -101,8 +107,8 @@ class CobraLinear(nn.Linear):
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """lora_A, and lora_B with the scaling and the evaluation gates in it: ΔW = folded lora_B @ lora_A."""
-        factor = self.scaling if self.lora_gate is None else self.scaling * torch.sigmoid(self.lora_gate)
-        return self.lora_A.detach(), (self.lora_B * factor).detach()
+        factor = self.scaling if self.lora_gate is None else self.scaling * torch.sigmoid(whole(self.lora_gate))
+        return whole(self.lora_A).detach(), (whole(self.lora_B) * factor).detach()
 
     @property
     def rank(self) -> int:
@@ -146,6 +152,15 @@ class CobraLinear(nn.Linear):
         h = h if z is None else h * z.to(h.dtype)
         return F.linear(x, self.linear_weight, self.bias) + self.scaling * F.linear(h, lora_B.to(h.dtype))
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"adapter": None}  # a copied or pickled layer leaves the handle, and with it the model, behind
+
     def extra_repr(self) -> str:
         gates = "open" if self.lora_gate is None else "gated"
         return f"{self.in_features} -> {self.out_features}, rank {self.rank} ({gates}), scaling {self.scaling:g}"
+
+
+def adapters_of(model: nn.Module) -> list[Adapter]:
+    """The handles of the adapters attached to a model, found by its layers."""
+    layers = (module for module in model.modules() if isinstance(module, CobraLinear))
+    return list({id(layer.adapter): layer.adapter for layer in layers if layer.adapter is not None}.values())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from cobra.config import TargetModules
+from cobra.distributed import sharded
 
 TASK_HEADS = frozenset(
     {"classifier", "pre_classifier", "classification_head", "score", "head", "heads", "qa_outputs", "logits_proj"}
@@ -110,6 +111,8 @@ def find_sites(model: nn.Module, target_modules: TargetModules = "all-linear") -
     Raises ValueError for names that match no linear layer (with close names), a model without linear layers, weights that
     are not floating point or empty, and weights tied to an embedding.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("the model is wrapped in DistributedDataParallel; give COBRA model.module, and wrap it after attach()")
     linears = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n and is_linear(m)]
     if not linears:
         if is_linear(model):
@@ -183,6 +186,8 @@ def _check_weight(name: str, module: nn.Module, tied: bool) -> None:
     if "weight" not in module._parameters:
         raise ValueError(f"{name}.weight is computed (a parametrization); remove it first, or leave the layer out")
     weight = module.weight
+    if sharded(weight):
+        raise ValueError(f"{name}.weight lies in parts on the ranks ({sharded(weight)}); calibrate and attach before sharding it")
     if not weight.is_floating_point():
         raise ValueError(
             f"{name}.weight is {weight.dtype}; adapters need floating-point weights: "

@@ -8,8 +8,9 @@ import sysconfig
 from functools import cache
 from pathlib import Path
 
-_SIGNATURES = {
-    "cobra_gate_words": [ctypes.c_void_p] + [ctypes.c_int64] * 2 + [ctypes.c_uint64] * 2 + [ctypes.c_int64],
+_SIGNATURES = {  # name -> result, arguments
+    "cobra_gate_words": (None, [ctypes.c_void_p] + [ctypes.c_int64] * 2 + [ctypes.c_uint64] * 2 + [ctypes.c_int64]),
+    "cobra_merge": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p] + [ctypes.c_int64] * 2),
 }
 
 
@@ -19,9 +20,9 @@ def load() -> ctypes.CDLL | None:
     path = Path(__file__).with_name("_C" + sysconfig.get_config_var("EXT_SUFFIX"))
     try:
         library = ctypes.CDLL(str(path))
-        for name, argtypes in _SIGNATURES.items():
+        for name, (restype, argtypes) in _SIGNATURES.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = argtypes, None
+            function.restype, function.argtypes = restype, argtypes
     except (OSError, AttributeError):  # not built, or built elsewhere
         return None
     return library

@@ -1,14 +1,41 @@
-"""Folding a low-rank update into a weight.
+"""Folding low-rank updates into weights.
 
     W' = round( W + s (B ∘ z) A )          W (N, K)   A (r, K)   B (N, r)   z (r,)
 
-The sum is fp32 (fp64 for fp64 weights) and is rounded once to the weight's dtype, under autocast too.
+The sum is fp32 (fp64 for fp64 weights) and is rounded once to the weight's dtype, under autocast too. A group of weights on
+the CPU is merged in one pass over its memory, and what rounding lost is summed in the same pass:
+
+    ‖ΔW‖²   ‖W‖²   ‖(W' - W) - ΔW‖²          fp64, for each weight
 """
 
-import torch
-from torch import Tensor
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+
+from cobra_kernels import extension
 from cobra_kernels.precision import full_precision
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/merge.cpp
+MAX_RANK = 1024  # above it, a product of large matrices: torch's is faster
+CPU_LEVEL = 2  # instructions the extension may use where the machine has them: 0 none in particular, 1 AVX2, 2 AVX-512
+
+
+@dataclass(frozen=True, eq=False)
+class MergeItem:
+    """One weight and its update, ΔW = lora_B @ lora_A.
+
+    weight: (N, K), also a transposed view or a slice
+    lora_A: (r, K), lora_B: (N, r) with scaling and gates in it; r may be 0
+    name: for errors
+    """
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    name: str = "weight"
 
 
 def merge_lora_ref(weight: Tensor, lora_A: Tensor, lora_B: Tensor, z: Tensor | None = None, *, scaling: float = 1.0) -> Tensor:
@@ -38,3 +65,123 @@ def merge_lora(weight: Tensor, lora_A: Tensor, lora_B: Tensor, z: Tensor | None 
     gated_B = lora_B.to(dtype) * (scaling if z is None else scaling * z.to(dtype))
     with full_precision(weight.device):
         return torch.addmm(weight.to(dtype), gated_B, lora_A.to(dtype)).to(weight.dtype)
+
+
+def _statistics_ref(item: MergeItem, merged: Tensor) -> Tensor:
+    """(3,) fp64 on the CPU: ‖ΔW‖², ‖W‖², ‖(W' - W) - ΔW‖²; ΔW is rounded to fp32 as in the sum."""
+    work = torch.float32 if merged.device.type == "mps" else torch.float64  # MPS has no fp64
+    factors = torch.float64 if merged.dtype == torch.float64 else torch.float32
+    with full_precision(merged.device):
+        delta = (item.lora_B.to(factors) @ item.lora_A.to(factors)).to(work)
+    before = item.weight.to(work)
+    lost = merged.to(work) - before - delta
+    return torch.stack([t.square().sum() for t in (delta, before, lost)]).cpu().double()
+
+
+@torch.no_grad()
+def merge_lora_group_ref(items: Sequence[MergeItem]) -> tuple[list[Tensor], Tensor]:
+    """The equations as they are written, a weight at a time; results as in `merge_lora_group`."""
+    merged = [merge_lora_ref(item.weight, item.lora_A, item.lora_B) for item in items]
+    statistics = torch.zeros(len(items), 3, dtype=torch.float64, device="cpu")
+    for row, item, result in zip(statistics, items, merged, strict=True):
+        row.copy_(_statistics_ref(item, result))
+    return merged, statistics
+
+
+def _check(items: Sequence[MergeItem], out: Sequence[Tensor] | None) -> None:
+    for item in items:
+        weight, lora_A, lora_B = item.weight, item.lora_A, item.lora_B
+        if weight.ndim != 2 or lora_A.shape != (lora_B.shape[-1], weight.shape[1]) or lora_B.shape[:-1] != weight.shape[:1]:
+            raise ValueError(
+                f"{item.name}: lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not fit weight "
+                f"{tuple(weight.shape)}; they must be (r, K), (N, r) and (N, K)"
+            )
+        if not weight.is_floating_point():
+            raise ValueError(f"{item.name} is {weight.dtype}; only floating-point weights merge: dequantise it first")
+        if not weight.device == lora_A.device == lora_B.device:
+            raise ValueError(
+                f"{item.name} is on {weight.device}, lora_A on {lora_A.device}, lora_B on {lora_B.device}; move them to one"
+            )
+    if out is None:
+        return
+    if len(out) != len(items):
+        raise ValueError(f"out has {len(out)} tensors for {len(items)} items; give one for each")
+    for item, target in zip(items, out, strict=True):
+        weight = item.weight
+        if target.shape != weight.shape or target.dtype != weight.dtype or target.device != weight.device:
+            raise ValueError(
+                f"{item.name}: out is {tuple(target.shape)} {target.dtype} on {target.device}, the weight is "
+                f"{tuple(weight.shape)} {weight.dtype} on {weight.device}; they must agree"
+            )
+    written = [target.data_ptr() for target in out if target.numel()]
+    if len(set(written)) < len(written):
+        raise ValueError("out holds the same memory twice; merge a weight that modules share once")
+
+
+def _adjacent_dim(weight: Tensor, target: Tensor) -> int | None:
+    """The dimension along which elements of both are neighbours in memory: 1 as a rule, 0 for transposed views."""
+    for dim in (1, 0):
+        if weight.shape[dim] == 1 or weight.stride(dim) == target.stride(dim) == 1:
+            return dim
+    return None
+
+
+def _is_compiled(item: MergeItem, target: Tensor) -> bool:
+    """Whether the extension takes it: plain fp32, bf16 or fp16 in CPU memory, of a rank that LoRA has."""
+    return (
+        item.weight.device.type == "cpu"
+        and item.weight.dtype in DTYPE_CODES
+        and item.lora_A.shape[0] <= MAX_RANK
+        and all(type(t) in (Tensor, nn.Parameter) for t in (item.weight, item.lora_A, item.lora_B, target))
+        and _adjacent_dim(item.weight, target) is not None
+    )
+
+
+def _launch(library: ctypes.CDLL, items: list[MergeItem], targets: list[Tensor], statistics: Tensor | None) -> None:
+    """One call of cobra_merge; fields of a site as in csrc/merge.cpp."""
+    factors = [(item.lora_B.float(), item.lora_A.float()) for item in items]  # held until the call is over
+    fields: list[int] = []
+    for item, target, (left, right) in zip(items, targets, factors, strict=True):
+        weight = item.weight
+        if _adjacent_dim(weight, target) == 0:
+            weight, target, left, right = weight.t(), target.t(), right.t(), left.t()
+        fields += (weight.data_ptr(), target.data_ptr(), left.data_ptr(), right.data_ptr(), *weight.shape, right.shape[0])
+        fields += (weight.stride(0), target.stride(0), *left.stride(), *right.stride(), DTYPE_CODES[weight.dtype])
+    sites = (ctypes.c_int64 * len(fields))(*fields)
+    sums = None if statistics is None else statistics.data_ptr()
+    if library.cobra_merge(sites, len(items), sums, torch.get_num_threads(), CPU_LEVEL):
+        raise MemoryError(f"no memory to merge {len(items)} weights in")
+
+
+@torch.no_grad()
+def merge_lora_group(
+    items: Sequence[MergeItem], *, out: Sequence[Tensor] | None = None, statistics: bool = True
+) -> tuple[list[Tensor], Tensor | None]:
+    """The merged weights of a whole model, and what each gained and lost. No gradient passes.
+
+    items: weights on the CPU in fp32, bf16 or fp16 are merged in one call of the compiled extension, on torch.get_num_threads()
+        threads, to the same bits for any number of them; the others one after the other by torch
+    out: tensors to write to, one for each item, of the weight's shape and dtype; the weight itself merges in place. By default
+        new ones that lie in memory as the weights do: for a transposed view, a transposed view
+
+    Returns the W' (N, K), and (items, 3) fp64 on the CPU, ‖ΔW‖², ‖W‖² and ‖(W' - W) - ΔW‖² of each, or None without
+    `statistics`. The last of the three is finite if and only if all of W' is.
+    """
+    _check(items, out)
+    targets = [torch.empty_like(item.weight) for item in items] if out is None else list(out)
+    sums = torch.zeros(len(items), 3, dtype=torch.float64, device="cpu") if statistics else None
+    library = extension.load()
+    chosen = [i for i, item in enumerate(items) if library is not None and _is_compiled(item, targets[i])]
+    if chosen:
+        part = torch.empty(len(chosen), 3, dtype=torch.float64, device="cpu") if statistics else None
+        _launch(library, [items[i] for i in chosen], [targets[i] for i in chosen], part)
+        if sums is not None:
+            sums[chosen] = part
+        if out is not None:
+            torch.autograd.graph.increment_version([targets[i] for i in chosen])
+    for i in sorted(set(range(len(items))) - set(chosen)):
+        merged = merge_lora(items[i].weight, items[i].lora_A, items[i].lora_B)
+        if sums is not None:
+            sums[i] = _statistics_ref(items[i], merged)
+        targets[i].copy_(merged)
+    return targets, sums

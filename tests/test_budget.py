@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import t5
 from torch import nn
@@ -105,6 +105,8 @@ def check_constraints(names, values, costs, budget, found: Allocation) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(problems(eighths), problems(st.floats(0, 1))))
+@example((LETTERS[:3], [[0.75, 0.5], [0.5, 0.75], [0.75]], [21, 7, 1], Budget(29, "parameters", objective="count")))
+@example((LETTERS[:4], [[0.125] * 3, [0.125] * 3, [0.125] * 2, [0.125] * 3], [3, 1, 2, 15], Budget(5, "parameters")))
 def test_is_the_brute_force(problem):
     """Worth first, then what is spent, then evenness, with every constraint together. What is refused cannot be met."""
     names, values, costs, budget = problem
@@ -190,12 +192,14 @@ def test_models_are_proven_best(costs, levels):
         assert found.optimal and (levels is None or found.spent == spent)
 
 
-def test_a_search_that_is_cut_short_claims_nothing(monkeypatch):
+@pytest.mark.parametrize("search", [(1, 10**6), (2**62, 1)], ids=["reach", "work"])
+def test_a_search_that_is_cut_short_claims_nothing(monkeypatch, search):
     """It still spends until nothing fits, is worth no more than what is proven best, and says that it is not proven."""
     names, values, costs = random_model(30, 20, (4097, 8191, 12289, 16411, 5003))
+    costs[0] = 3  # fits whatever else does not
     budgets = [Budget(sum(costs) * rank, "parameters") for rank in range(1, 20)]
     proven = [allocate(names, values, costs, budget) for budget in budgets]
-    monkeypatch.setattr(module, "SEARCHES", ((1, 1),))
+    monkeypatch.setattr(module, "SEARCHES", (search,))
     short = [allocate(names, values, costs, budget) for budget in budgets]
     worth = [[worth_of(found.ranks, values, costs, "mass") for found in several] for several in (proven, short)]
     assert all(a >= b for a, b in zip(*worth, strict=True)) and worth[0] != worth[1]
@@ -203,6 +207,12 @@ def test_a_search_that_is_cut_short_claims_nothing(monkeypatch):
     assert any(str(found).endswith("; the best found, not proven to be the best there is") for found in short)
     for budget, found in zip(budgets, short, strict=True):
         check_constraints(names, values, costs, budget, found)
+
+
+def test_a_common_divisor_of_the_costs_narrows_the_search(monkeypatch):
+    names, values, costs = random_model(60, 40, (8192, 5120, 18432), levels=2)
+    monkeypatch.setattr(module, "SEARCHES", ((36, 10**6),))
+    assert allocate(names, values, costs, Budget(sum(costs) * 9 + 1000, "parameters")).optimal
 
 
 def test_the_same_again_and_from_every_kind_of_values():

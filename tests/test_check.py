@@ -165,6 +165,7 @@ def test_sglang_warnings(tmp_path):
     assert has(found, "note", "--max-lora-rank 4 or more")
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")
 def test_adalora(tmp_path):
     """Another format, written by peft itself: bare parameters, and lists of bools for ranks."""
     from peft import AdaLoraConfig, get_peft_model

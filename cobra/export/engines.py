@@ -1,14 +1,12 @@
 """What each engine makes of a LoRA checkpoint: the rules of its own loader, as findings.
 
-Read from, and in vLLM's and llama.cpp's case run against:
+Read from these sources, and held against them by the tests (SGLang's rules are in `cobra.export.sglang`):
 
 peft 0.21.2          tuners/tuners_utils.py check_target_module_exists, utils/other.py get_pattern_key, tuners/lora/layer.py
                      update_layer, utils/transformers_weight_conversion.py
 transformers 5.23.0  integrations/peft.py load_adapter, which injects through peft
 vLLM 0.33.0          config/lora.py MaxLoRARanks, lora/peft_helper.py PEFTHelper, lora/utils.py parse_fine_tuned_lora_name,
                      lora/lora_model.py from_lora_tensors, lora/lora_weights.py pack_moe
-SGLang 0.5.23        srt/lora/: lora.py LoRAAdapter, utils.py get_normalized_target_modules and get_target_module_name,
-                     mem_pool.py load_lora_weight_to_buffer, lora_manager.py init_lora_shapes and validate_new_adapter
 llama.cpp 2026-07    convert_lora_to_gguf.py, conversion/gpt2.py, src/llama-adapter.cpp, src/llama-adapter.h get_scale
 
 What depends on the base model (whether it has the modules, whether the engine knows its architecture) is not looked at.

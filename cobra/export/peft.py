@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 from cobra import storage
 from cobra.export.card import model_card
+from cobra.export.folder import CONFIG, PREFIX, TENSORS
 from cobra.lora import LoraAdapter
 
 LAYOUTS = ("compact", "padded")
-PREFIX = "base_model.model."
-FILES = ("adapter_config.json", "adapter_model.safetensors", "cobra.json", "README.md")
+
+FILES = (CONFIG, TENSORS, "cobra.json", "README.md")
 
 
 def save_pretrained(adapter: LoraAdapter, folder: Path | str, layout: str = "compact") -> None:
@@ -37,8 +38,8 @@ def save_pretrained(adapter: LoraAdapter, folder: Path | str, layout: str = "com
     data = save({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, {"format": "pt"})
     provenance = {"kind": "adapter provenance", "version": 1, **adapter.provenance, "layout": layout}
     with storage.new_folder(folder) as fresh:
-        storage.write_json(fresh / "adapter_config.json", config)
-        storage.write_bytes(fresh / "adapter_model.safetensors", data)
+        storage.write_json(fresh / CONFIG, config)
+        storage.write_bytes(fresh / TENSORS, data)
         storage.write_json(fresh / "cobra.json", provenance)
         storage.write_bytes(fresh / "README.md", model_card(adapter, layout).encode())
 
@@ -90,7 +91,7 @@ def _check_replaceable(folder: Path) -> None:
     if folder.is_file():
         raise ValueError(f"{folder} is a file; name a folder")
     found = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    ours = set(FILES) if "cobra.json" in found else {"adapter_config.json", "adapter_model.safetensors"}
+    ours = set(FILES) if "cobra.json" in found else {CONFIG, TENSORS}
     foreign = sorted(found - ours)
     if foreign:
         raise ValueError(f"{folder} holds other files ({', '.join(foreign[:3])}); name a new folder, nothing was written")
