@@ -223,7 +223,7 @@ class Adapter:
         gate = group.gate
         if gate is None:
             return torch.full((group.rank,), group.prior, dtype=torch.float64)
-        return distributed.whole(gate.detach()).double().cpu()
+        return distributed.whole(gate).detach().double().cpu()
 
     @contextmanager
     def hard_gates(self, plan: RankPlan) -> Iterator[None]:

@@ -128,9 +128,9 @@ def cut_like(model: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> Non
         found = {
             g: next((state[f"{n}.lora_A"].shape[0] for n in each if f"{n}.lora_A" in state), 0) for g, each in names.items()
         }
-        gated = any(f"{n}.lora_gate" in state for each in names.values() for n in each)
-        smaller = any(found[g.name] < g.rank for g in adapter.groups)
-        if adapter.plan is not None or gated or not any(found.values()) or not smaller:
+        searching = any(f"{n}.lora_gate" in state for each in names.values() for n in each)
+        other = any(g.gate is not None or found[g.name] < g.rank for g in adapter.groups)
+        if adapter.plan is not None or searching or not any(found.values()) or not other:
             continue
         sites = tuple(
             SitePlan(

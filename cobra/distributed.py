@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cobra.adapter import Group
 
 Results = tuple[dict[str, Tensor], dict]
+ZERO3 = "DeepSpeed ZeRO-3"
 LOOKED_AT = 4096  # of each tensor, in `check_agreement`
 
 
@@ -80,23 +81,24 @@ def _header(data: bytes) -> dict:
 
 
 def after_step(groups: Sequence[Group], steps: int, run: str) -> None:
-    """After an optimizer step: the base modules let go of weights that were sharded since, and ranks of one run are compared
-    at steps 1, 2, 4, 8 ... Raises RuntimeError, on every rank, where they hold different parameters.
+    """After an optimizer step: base modules let go of weights that were sharded since, and ranks of one run are compared at
+    steps 1, 2, 4, 8 ... Raises RuntimeError, on every rank, where they hold different parameters.
 
     steps: since the parameters were made
     run: what ranks have in common that should hold the same
     """
-    if world_size() == 1 or not groups:
+    if not groups:
         return
-    if sharded(groups[0].layers[0][0].lora_B):
+    first = groups[0].layers[0][0].lora_B
+    if sharded(first) is not None:
+        _check_readable(first)
         for group in groups:
             for site, layers in zip(group.sites, group.layers, strict=True):
                 for module, layer in zip(site.distinct_modules, layers, strict=True):
                     module.weight, module.bias = layer.weight, layer.bias
-    elif steps & (steps - 1) == 0:
-        first = groups[0].layers[0][0].lora_B
-        tensors = {f"{g.sites[0].name}.lora_B": g.layers[0][0].lora_B for g in groups}
-        gates = {f"{g.name}.lora_gate": g.gate for g in groups if g.gate is not None}
+    elif world_size() > 1 and steps & (steps - 1) == 0:
+        tensors = {f"{group.sites[0].name}.lora_B": group.layers[0][0].lora_B for group in groups}
+        gates = {f"{group.name}.lora_gate": group.gate for group in groups if group.gate is not None}
         check_agreement(tensors | gates, run, first.device)
 
 
@@ -123,24 +125,27 @@ def _digest(tensor: Tensor) -> tuple[float, float]:
 
 
 def sharded(tensor: Tensor) -> str | None:
-    """Who keeps a part of this parameter on each rank: "FSDP2" (or another user of DTensor), "ZeRO-3", or None."""
+    """Who keeps this parameter in parts on the ranks: FSDP2 (or another user of DTensor), DeepSpeed ZeRO-3, or None."""
     if hasattr(tensor, "ds_id"):
-        return "DeepSpeed ZeRO-3"
+        return ZERO3
     loaded = sys.modules.get("torch.distributed.tensor")  # its import takes seconds, and who shards has done it
     return "FSDP2 (DTensor)" if loaded is not None and isinstance(tensor, loaded.DTensor) else None
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor, gathered from all ranks where they hold parts of it; differentiable, a gradient equal on all ranks counting once.
+    """The tensor, gathered from all ranks where they hold parts of it; differentiable, a gradient equal on all ranks counts once.
 
     Raises ValueError for parameters of DeepSpeed ZeRO-3.
     """
-    by = sharded(tensor)
-    if by is None:
+    if sharded(tensor) is None:
         return tensor
-    if "DeepSpeed" in by:
-        raise ValueError(f"{by} holds the adapter's parameters in parts that COBRA cannot read; use ZeRO-2, DDP or FSDP2")
+    _check_readable(tensor)
     return tensor.full_tensor()
+
+
+def _check_readable(tensor: Tensor) -> None:
+    if sharded(tensor) == ZERO3:
+        raise ValueError(f"{ZERO3} keeps the adapter's parameters in parts that COBRA cannot read; use ZeRO-2, DDP or FSDP2")
 
 
 def spread(values: Tensor, like: Tensor) -> Tensor:

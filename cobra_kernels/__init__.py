@@ -6,10 +6,12 @@ from cobra_kernels.gated_lora_linear import gated_lora_linear, gated_lora_linear
 from cobra_kernels.ghost_grad_norm import ghost_grad_norm, ghost_grad_norm_ref
 from cobra_kernels.interpolate_path import interpolate_path, interpolate_path_ref
 from cobra_kernels.merge_lora import merge_lora, merge_lora_ref
+from cobra_kernels.packed_lora import Segments, packed_lora, packed_lora_, packed_lora_ref, segment_tokens
 from cobra_kernels.philox import philox4x32_ref
 from cobra_kernels.sample_gates import concrete_gates, concrete_gates_ref, gate_noise, sample_gates, sample_gates_ref
 
 __all__ = [
+    "Segments",
     "concrete_gates",
     "concrete_gates_ref",
     "conductance_reduce",
@@ -26,7 +28,11 @@ __all__ = [
     "interpolate_path_ref",
     "merge_lora",
     "merge_lora_ref",
+    "packed_lora",
+    "packed_lora_",
+    "packed_lora_ref",
     "philox4x32_ref",
     "sample_gates",
     "sample_gates_ref",
+    "segment_tokens",
 ]

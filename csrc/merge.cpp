@@ -25,7 +25,7 @@
 #else
 #define COBRA_ALWAYS
 #define COBRA_NEVER
-#define COBRA_PREFETCH(address, write)
+#define COBRA_PREFETCH(address, write) (void)(address)
 #endif
 
 namespace cobra {

@@ -57,7 +57,7 @@ struct Sums {
   Doubles delta[2], weight[2], lost[2];
 };
 
-// squares of n numbers, a multiple of LANES, in fp64
+// adds the squares of n numbers, a multiple of PANEL, in fp64
 COBRA_OUTLINE void add_squares(const float* delta, const float* before, const float* after, int64_t n, Sums& total) {
   Sums sums = total;
   for (int64_t j = 0; j < n; j += 2 * DOUBLE_LANES)

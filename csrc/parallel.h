@@ -10,8 +10,8 @@
 
 namespace cobra {
 
-// Calls work(task, worker) once for each task in [0, tasks), in no fixed order; worker is in [0, threads). What a task does must
-// not depend on its worker, and must not throw.
+// Calls work(task, worker) once for each task in [0, tasks), in no fixed order; worker is in [0, threads). What a task does
+// must not depend on its worker, and must not throw.
 template <class Work>
 void parallel_for(int64_t tasks, int64_t threads, const Work& work) {
   std::atomic<int64_t> next{0};

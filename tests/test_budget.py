@@ -17,6 +17,12 @@ from cobra import budget as module
 from cobra.budget import Allocation, Budget, allocate
 
 LETTERS = ("a.q", "a.k", "b.q", "b.k", "c.q")
+ROUNDED = [
+    [0.75, 0.75, 0.5],
+    [0.25, 0.625, 0.75],
+    [0.625, 0.5, 0.375],
+    [0.5, 0.75],
+]  # some worth per cost is no binary fraction
 eighths = st.integers(0, 8).map(lambda n: n / 8)  # sums of these are exact, so that equal worth is equal
 
 
@@ -92,20 +98,18 @@ def brute_force(names, values, costs, budget) -> tuple | None:
 def check_constraints(names, values, costs, budget, found: Allocation) -> None:
     ranks = found.ranks
     assert found.spent == sum(r * cost for r, cost in zip(ranks, costs, strict=True)) <= budget.amount == found.amount
-    assert all(r % budget.multiple == 0 for r in ranks)
-    assert all(limit_of(budget.minimum, n, 0) <= r for n, r in zip(names, ranks, strict=True))
-    assert all(r <= limit_of(budget.maximum, n, 99) for n, r in zip(names, ranks, strict=True))
+    for name, rank in zip(names, ranks, strict=True):
+        assert limit_of(budget.minimum, name, 0) <= rank <= limit_of(budget.maximum, name, 99) and rank % budget.multiple == 0
     for tie in tied_with(names, budget.tied):
         assert len({ranks[g] for g in tie}) == 1
     for kept, group in zip(found.kept, values, strict=True):
         assert list(kept) == sorted(sorted(range(len(group)), key=lambda k: -group[k])[: len(kept)])
-    left = budget.amount - found.spent
-    assert left == 0 or left < found.step
+    assert found.spent == budget.amount or budget.amount - found.spent < found.step
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(problems(eighths), problems(st.floats(0, 1))))
-@example((LETTERS[:3], [[0.75, 0.5], [0.5, 0.75], [0.75]], [21, 7, 1], Budget(29, "parameters", objective="count")))
+@example((LETTERS[:4], ROUNDED, [21, 1, 21, 7], Budget(51, "parameters", objective="count")))
 @example((LETTERS[:4], [[0.125] * 3, [0.125] * 3, [0.125] * 2, [0.125] * 3], [3, 1, 2, 15], Budget(5, "parameters")))
 def test_is_the_brute_force(problem):
     """Worth first, then what is spent, then evenness, with every constraint together. What is refused cannot be met."""
@@ -155,16 +159,14 @@ def test_mass_ignores_what_a_gate_costs_and_count_does_not():
 @pytest.mark.parametrize("costs", [(1, 1, 1), (2, 5, 7), (8, 5, 18)])
 def test_equal_values_give_even_ranks(costs):
     """Untrained gates favour no layer: ranks differ by what it takes to spend all, and no more."""
-    groups = 12
-    costs = [costs[g % 3] for g in range(groups)]
-    amount = sum(costs) * 8 + 11
-    found = allocate([f"l.{g}" for g in range(groups)], [torch.ones(16)] * groups, costs, Budget(amount, "parameters"))
+    amount = 4 * sum(costs) * 8 + 11
+    found = allocate([f"l.{g}" for g in range(12)], [torch.ones(16)] * 12, list(costs) * 4, Budget(amount, "parameters"))
     assert found.spent == amount
     assert max(found.ranks) - min(found.ranks) <= 2
 
 
-def random_model(groups: int, gates: int, costs, seed: int = 0, levels: int | None = None):
-    generator = np.random.default_rng(seed)
+def random_model(groups: int, gates: int, costs, levels: int | None = None):
+    generator = np.random.default_rng(0)
     values = generator.random((groups, gates)) if levels is None else generator.integers(0, levels, (groups, gates)) / levels
     return [f"layers.{g}" for g in range(groups)], list(values), [costs[g % len(costs)] for g in range(groups)]
 
@@ -221,8 +223,7 @@ def test_the_same_again_and_from_every_kind_of_values():
     first = allocate(names, values, costs, budget)
     for convert in (np.array, torch.tensor, lambda v: v.tolist(), lambda v: torch.tensor(v, requires_grad=True)):
         assert allocate(names, [convert(v) for v in values], np.array(costs), budget) == first
-    finer = [[0.5], [0.5 + 1e-12]]
-    assert allocate(["a", "b"], finer, [1, 1], Budget(1)).kept == ((), (0,))
+    assert allocate(["a", "b"], [[0.5], [0.5 + 1e-12]], [1, 1], Budget(1)).kept == ((), (0,))
     half = [torch.tensor([0.25, 0.75], dtype=torch.bfloat16), torch.tensor([0.5], dtype=torch.float16)]
     assert allocate(["a", "b"], half, [1, 1], Budget(2)).kept == ((1,), (0,))
 
@@ -231,8 +232,7 @@ def test_nothing_to_keep():
     """No groups, groups without gates, an amount of 0."""
     assert allocate([], [], [], Budget(0)) == Allocation((), 0, 0, "ranks", 0, True)
     assert allocate(["a"], [[]], [3], Budget(0, "bytes")).kept == ((),)
-    assert allocate(["a"], [[1.0]], [3], Budget(0, "bytes", multiple=4)).kept == ((),)
-    assert str(allocate(["a"], [[1.0]], [3], Budget(0, "bytes"))) == "0 of 0 bytes"
+    assert str(allocate(["a"], [[1.0]], [3], Budget(0, "bytes", multiple=4))) == "0 of 0 bytes"
 
 
 # ties and limits by name
@@ -258,10 +258,8 @@ def ties_of(names: list[str], *patterns: str) -> set[frozenset[str]]:
     ties = set()
     for g in range(len(names)):
         values = [[float(g == other)] for other in range(len(names))]
-        for amount in range(1, len(names) + 1):
-            ranks = allocate(names, values, [1] * len(names), Budget(amount, tied=patterns)).ranks
-            if ranks[g]:
-                break
+        budgets = (Budget(amount, tied=patterns) for amount in range(1, len(names) + 1))
+        ranks = next(r for budget in budgets if (r := allocate(names, values, [1] * len(names), budget).ranks)[g])
         ties.add(frozenset(itertools.compress(names, ranks)))
     return {tie for tie in ties if len(tie) > 1}
 
@@ -346,8 +344,10 @@ BAD_BUDGETS = [
     ({"maximum": {"proj": 1}}, "maximum names 'proj', which no group has"),
     ({"tied": ("kqv",)}, "tied='kqv' matches none of the 3 groups (did you mean 'qkv'"),
     ({"amount": -1}, "amount=-1: expected an integer >= 0"),
-    ({"amount": 1.5}, "amount=1.5"),
     ({"amount": True}, "amount=True"),
+    ({"amount": "3"}, "amount='3': expected an integer >= 0"),
+    ({"amont": 3}, "a budget has no field 'amont' (did you mean 'amount'"),
+    ({"units": "ranks"}, "a budget has no field 'units' (did you mean 'unit'"),
     ({"unit": "params"}, "unit='params' is not one of 'ranks', 'parameters', 'bytes', 'flops'"),
     ({"objective": "sum"}, "objective='sum' is not one of 'mass', 'count'"),
     ({"multiple": 0}, "multiple=0: expected an integer >= 1"),
@@ -362,7 +362,7 @@ BAD_BUDGETS = [
 @pytest.mark.parametrize(("changes", "message"), BAD_BUDGETS, ids=str)
 def test_budget_names_what_is_wrong(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        allocate(NAMES, [[0.5] * 4] * 3, [1] * 3, Budget(**{"amount": 4} | changes))
+        allocate(NAMES, [[0.5] * 4] * 3, [1] * 3, Budget.from_dict({"amount": 4} | changes))
 
 
 BAD_VALUES = [
@@ -393,17 +393,5 @@ def test_budget_as_json():
     assert Budget.from_dict(json.loads(json.dumps(budget.to_dict()))) == budget
     assert Budget.from_dict({"amount": 3, "tied": ["qkv"]}) == Budget(3, tied=("qkv",))
     assert Budget.of(3) == Budget(3) and Budget.of(budget) is budget
-
-
-BAD_JSON = [
-    ({"amount": 3, "units": "ranks"}, "a budget has no field 'units' (did you mean 'unit'"),
-    ({"amont": 3}, "a budget has no field 'amont' (did you mean 'amount'"),
-    ({"unit": "ranks"}, "a budget needs the field 'amount'"),
-    ({"amount": "3"}, "amount='3': expected an integer >= 0"),
-]
-
-
-@pytest.mark.parametrize(("value", "message"), BAD_JSON, ids=str)
-def test_bad_json_names_the_field(value, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Budget.from_dict(value)
+    with pytest.raises(ValueError, match="a budget needs the field 'amount'"):
+        Budget.from_dict({"unit": "ranks"})

@@ -202,10 +202,8 @@ def test_group_within_budget(shape, dtype, level):
 def test_ragged_group(dtype, level):
     """Sites of every shape, rank and layout in one call: each as if it were alone, and nothing beside the weights is read."""
     layouts = ["contiguous", "slices", "transposed"]
-    items = [
-        make_item(*shape, layout=layouts[i % 3], dtype=dtype, name=str(i))
-        for i, shape in enumerate([*GROUP_SHAPES.values(), *GROUP_SHAPES.values()][:17])
-    ]
+    shapes = [*GROUP_SHAPES.values(), *GROUP_SHAPES.values()][:17]
+    items = [make_item(*shape, layout=layouts[i % 3], dtype=dtype) for i, shape in enumerate(shapes)]
     merged, statistics = merge_lora_group(items)
     assert_within_budget(merged, merge_torch(items), merge_oracle(items))
     for item, result, row in zip(items, merged, statistics, strict=True):
@@ -258,11 +256,10 @@ def test_in_place(dtype, layout, level):
 
 
 def test_new_results_leave_the_weights():
-    items = [make_item(101, 211, 7), make_item(16, 24, 0)]
-    before = [item.weight.clone() for item in items]
-    for merged in merge_lora_group(items)[0]:
-        merged.zero_()
-    assert all(torch.equal(item.weight, w) for item, w in zip(items, before, strict=True))
+    item = make_item(16, 24, 0)
+    before = item.weight.clone()
+    merge_lora_group([item])[0][0].zero_()
+    assert torch.equal(item.weight, before)
 
 
 def test_bits_do_not_depend_on_threads():

@@ -1,0 +1,1 @@
+"""COBRA inside other people's training loops."""

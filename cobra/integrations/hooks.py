@@ -1,0 +1,159 @@
+"""What a search does around every step of an optimizer, hung on the optimizer itself.
+
+However gradients were accumulated, scaled and clipped before, the KL arrives once a step; and a step that a GradScaler leaves
+out because of an overflow moves neither gates nor temperature.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from cobra.adapter import Adapter
+
+
+class StepHooks:
+    """Before a step: refuses gradients that are not finite, adds the KL's gradient, gives the gates their learning rate.
+    After it: `adapter.step()`.
+
+    max_bad_steps: so many steps in a row with gradients that are not finite end the training with a FloatingPointError
+
+    seen: steps the optimizer was asked for; taken: those it took; bad: those refused here; kl_added: those with a KL
+    """
+
+    def __init__(self, adapter: Adapter, optimizer: Optimizer, max_bad_steps: int = 5):
+        self.adapter, self.optimizer, self.max_bad_steps = adapter, optimizer, max_bad_steps
+        self.seen = self.taken = self.bad = self.kl_added = 0
+        self._bad_in_a_row = 0
+        self._skipping = False
+        self._shared: list[tuple[dict, list[nn.Parameter]]] = []
+        self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+        self._followed: list[RemovableHandle] = []
+        self.watch()
+
+    def watch(self) -> None:
+        """Follows the trainable parameters from now on; after a cut they are others."""
+        self._named = [(name, p) for name, p in self.adapter.model.named_parameters() if p.requires_grad]
+        self._norms: dict[str, Tensor] = {}
+        for handle in self._followed:
+            handle.remove()
+        # a layer's lora_B speaks for it: whatever spoils lora_A and gate comes through the same x, z and dL/dy
+        self._followed = [
+            p.register_post_accumulate_grad_hook(partial(self._note, name))
+            for name, p in self._named
+            if not name.endswith((".lora_A", ".lora_gate"))
+        ]
+
+    def remove(self) -> None:
+        self._unshare()
+        for handle in self._handles + self._followed:
+            handle.remove()
+        self._handles, self._followed = [], []
+
+    @torch.no_grad()
+    def _note(self, name: str, p: Tensor) -> None:
+        """The norm as the gradient arrives: clipping spreads one that is not finite over all the others."""
+        self._norms.pop(name, None)  # the order is that of the last backward
+        self._norms[name] = torch.linalg.vector_norm(p.grad)
+
+    def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        self.seen += 1
+        overflow = getattr(optimizer, "found_inf", None)  # a fused optimizer is called in spite of it, and does nothing
+        self._skipping = overflow is not None and bool(overflow)
+        if not self._skipping:
+            self._skipping = self._refuse_bad_gradients()
+        self._norms.clear()
+        if not self._skipping:
+            self._add_kl()
+            self._give_gates_their_rate()
+
+    def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        self._unshare()
+        if not self._skipping:
+            self.taken += 1
+            self.adapter.step()
+
+    # gradients that are not finite
+
+    def _refuse_bad_gradients(self) -> bool:
+        """Whether any is; then none is left, so that the step changes nothing."""
+        arrived = [(name, p.grad) for name, p in self._named if p.grad is not None]
+        if not arrived:
+            return False
+        norms = _stacked(torch._foreach_norm([grad for _, grad in arrived]))
+        if torch.isfinite(norms).all():
+            self._bad_in_a_row = 0
+            return False
+        self.bad += 1
+        self._bad_in_a_row += 1
+        where = self._where(dict(zip([name for name, _ in arrived], norms, strict=True)))
+        for _, p in self._named:
+            p.grad = None
+        if self._bad_in_a_row >= self.max_bad_steps:
+            raise FloatingPointError(
+                f"gradients were not finite in {self._bad_in_a_row} steps in a row (max_bad_steps), now those of {where}; "
+                "lower the learning rate, train in bf16 or fp32 instead of fp16, or look at the batches of these steps"
+            )
+        warnings.warn(f"gradients of {where} are not finite: step skipped ({self.bad} so far)", stacklevel=2)
+        return True
+
+    def _where(self, norms: dict[str, Tensor]) -> str:
+        """The layers concerned, in the order of their gradients' arrival where that is known."""
+        if self._norms and not torch.isfinite(_stacked(self._norms.values())).all():
+            norms = self._norms
+        finite: dict[str, bool] = {}
+        for name, ok in zip(norms, torch.isfinite(_stacked(norms.values())).tolist(), strict=True):
+            layer = name.rpartition(".")[0]
+            finite[layer] = finite.get(layer, True) and ok
+        bad = [layer for layer, ok in finite.items() if not ok]
+        return f"{len(bad)} of {len(finite)} layers, first {bad[0]},"
+
+    # gates
+
+    def _add_kl(self) -> None:
+        """The KL's gradient, added to the logits' own: outside of the loss nothing can scale it."""
+        gates = [group.gate for group in self.adapter.groups if group.gate is not None and group.gate.requires_grad]
+        if not gates:
+            return
+        with torch.enable_grad():
+            grads = torch.autograd.grad(self.adapter.kl_loss(), gates)
+        scale = getattr(self.optimizer, "grad_scale", None)  # a fused optimizer divides by it itself
+        for gate, grad in zip(gates, grads, strict=True):
+            grad = grad if scale is None else grad * scale
+            gate.grad = grad if gate.grad is None else gate.grad + grad
+        self.kl_added += 1
+
+    def _give_gates_their_rate(self) -> None:
+        """Gates that share a parameter group with others get one of their own: the group's rate times gate_lr_scale, no decay.
+
+        It lasts for the step, so that schedulers and checkpoints see the groups they know.
+        """
+        gates = {id(group.gate) for group in self.adapter.groups if group.gate is not None}
+        for group in list(self.optimizer.param_groups):
+            own = [p for p in group["params"] if id(p) in gates]
+            if not own or len(own) == len(group["params"]):
+                continue
+            self._shared.append((group, group["params"]))
+            group["params"] = [p for p in group["params"] if id(p) not in gates]
+            rate = {} if group["lr"] is None else {"lr": group["lr"] * self.adapter.config.gate_lr_scale}
+            decay = {"weight_decay": 0.0} if "weight_decay" in group else {}
+            self.optimizer.param_groups.append({**group, "params": own, **rate, **decay})
+
+    def _unshare(self) -> None:
+        for group, params in self._shared:
+            group["params"] = params
+        if self._shared:
+            del self.optimizer.param_groups[-len(self._shared) :]
+        self._shared = []
+
+
+def _stacked(norms: Iterable[Tensor]) -> Tensor:
+    """(n,) on the first one's device."""
+    norms = list(norms)
+    return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms])
