@@ -12,8 +12,8 @@ from cobra.budget import Budget
 from cobra.calibrate import calibrate
 from cobra.config import CobraConfig
 from cobra.deploy.serving import ServedAdapters, serve
-from cobra.linear import CobraLinear
 from cobra.export.load import load_adapter
+from cobra.linear import CobraLinear
 from cobra.lora import LoraAdapter, combine
 from cobra.merge import MergeReport
 from cobra.plan import RankPlan, plan_ranks

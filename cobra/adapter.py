@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from cobra import checkpoint, distributed, shrink
 from cobra.budget import Budget, allocate
@@ -85,21 +84,18 @@ class Adapter:
         self._versions_at_cut: list[int] | None = None
         self._steps_since_change = 0  # of the set of parameters
         self._nesting = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
-        self.loading_optimizer: Optimizer | None = None  # is cut too where a loaded state cuts the adapter
-        self._load_hook: RemovableHandle | None = None
-        self._claim()
+        self._set_nested_tensors(False)
+        self._claim_layers()
         self._draw()
 
-    def _claim(self) -> None:
+    def _claim_layers(self) -> None:
         for group in self.groups:
             for layer in group.all_layers:
                 layer.adapter = self
-        self._mark_model(adapted=True)
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        if self._merged is None:
-            self._claim()
+        self._claim_layers()
 
     # training
 
@@ -263,7 +259,7 @@ class Adapter:
             shrink.forget(optimizer, removed)
         self.groups = [group for group, site in zip(self.groups, plan.sites, strict=True) if site.kept]
         self.plan = plan
-        self._versions_at_cut, self._steps_since_change = self._versions(), 0
+        self._versions_at_cut, self._steps_since_change = self._versions() if optimizer is None else None, 0
 
     def _versions(self) -> list[int]:
         """Of the matrices alone: the heads are the same objects after the cut, and an old optimizer goes on moving them."""
@@ -312,7 +308,7 @@ class Adapter:
         merged = merge_layers(list(work.values()), tolerance, above)
         for site in merged.sites:
             self._restore(site)
-        self._mark_model(adapted=bool(merged.kept))
+        self._set_nested_tensors(not merged.kept)
         self._merged, self._mode_at_merge = merged, self.model.training
         moved = None if before is None else (probe_outputs(self.model, probe) - before).abs().max().item()
         return MergeReport(merged.reports, moved)
@@ -331,7 +327,7 @@ class Adapter:
             for site, layers in zip(group.sites, group.layers, strict=True):
                 if id(site) in merged:
                     self._put_back(site, layers)
-        self._mark_model(adapted=True)
+        self._set_nested_tensors(False)
         self._merged = None
 
     def _put_back(self, site: Site, layers: list[CobraLinear]) -> None:
@@ -353,7 +349,7 @@ class Adapter:
         for group in self.groups:
             for site in group.sites:
                 self._restore(site)
-        self._mark_model(adapted=False)
+        self._set_nested_tensors(True)
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in self._trainable_before)
 
@@ -361,14 +357,10 @@ class Adapter:
         if self._merged is not None:
             raise ValueError("the adapter is merged: there is nothing to train; unmerge() it first")
 
-    def _mark_model(self, adapted: bool) -> None:
-        """While it is adapted, the model takes states of cut adapters, and nn.TransformerEncoder does not pack its input for a
-        fast path that adapted layers do not take."""
+    def _set_nested_tensors(self, allowed: bool) -> None:
+        """nn.TransformerEncoder packs its input for a fast path that adapted layers do not take."""
         for encoder in self._nesting:
-            encoder.use_nested_tensor = not adapted
-        if self._load_hook is not None:
-            self._load_hook.remove()
-        self._load_hook = self.model.register_load_state_dict_pre_hook(checkpoint.cut_like) if adapted else None
+            encoder.use_nested_tensor = allowed
 
     def _restore(self, site: Site) -> None:
         training = self.model.training

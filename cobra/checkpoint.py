@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from cobra import storage
 from cobra.distributed import spread, whole
-from cobra.linear import adapters_of
-from cobra.plan import RankPlan, SitePlan, rank_cost
+from cobra.plan import RankPlan
 
 if TYPE_CHECKING:
     from cobra.adapter import Adapter
@@ -116,33 +115,6 @@ def load(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, schedu
     for index in _cuda_devices(adapter):
         if f"rng.cuda:{index}" in tensors:
             torch.cuda.set_rng_state(tensors[f"rng.cuda:{index}"], index)
-
-
-def cut_like(model: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
-    """Before a model loads a state that was saved after the cut: cuts a freshly attached adapter to the ranks found there.
-
-    Which gates they were, a state does not say; the plan that is applied keeps the first ones.
-    """
-    for adapter in adapters_of(model):
-        names = {g.name: [f"{prefix}{name}" for site in g.sites for name, _ in site.modules] for g in adapter.groups}
-        found = {
-            g: next((state[f"{n}.lora_A"].shape[0] for n in each if f"{n}.lora_A" in state), 0) for g, each in names.items()
-        }
-        searching = any(f"{n}.lora_gate" in state for each in names.values() for n in each)
-        other = any(g.gate is not None or found[g.name] < g.rank for g in adapter.groups)
-        if adapter.plan is not None or searching or not any(found.values()) or not other:
-            continue
-        sites = tuple(
-            SitePlan(
-                g.name,
-                tuple(site.name for site in g.sites),
-                rank_cost("parameters", g.shapes),
-                tuple(range(found[g.name])),
-                tuple(float(k < found[g.name]) for k in range(g.rank)),
-            )
-            for g in adapter.groups
-        )
-        adapter.apply(RankPlan(sites, "one", adapter.base_fingerprint, {"source": "a loaded state"}), adapter.loading_optimizer)
 
 
 def _check_same_run(adapter: Adapter, path: Path | str, meta: dict) -> None:

@@ -101,8 +101,8 @@ def check_layer(model: nn.Module, name: str, layer: LoraLayer) -> None:
         raise ValueError(f"the adapter is of another model: this one has no layer {name!r}") from None
     if not (isinstance(module, nn.Linear) or is_conv1d(module)) or not module.weight.is_floating_point():
         raise ValueError(
-            f"{name} is a {type(module).__name__}, and the adapter is for nn.Linear or Conv1D in floating point: where the base "
-            "is quantised, choose its dequantised form (load it unquantised, or model.dequantize())"
+            f"{name} is a {type(module).__name__}, and the adapter is for nn.Linear or Conv1D in floating point: where the "
+            "base is quantised, choose its dequantised form (load it unquantised, or model.dequantize())"
         )
     found = tuple(module.weight.shape) if is_conv1d(module) else (module.in_features, module.out_features)
     if found != (layer.in_features, layer.out_features):

@@ -12,35 +12,9 @@ from torch import Tensor, nn
 from cobra.batch import Batch, model_device
 from cobra.lora import LoraLayer
 from cobra.sites import Site, is_conv1d, linear_weight
+from cobra_kernels.merge_lora import MergeItem, merge_lora_group
 
 ABOVE = ("raise", "keep")
-
-
-@dataclass
-class MergeItem:
-    weight: Tensor
-    lora_A: Tensor
-    lora_B: Tensor
-
-
-@dataclass
-class MergeResult:
-    weight: Tensor
-    delta_squared: float
-    weight_squared: float
-    lost_squared: float
-    finite: bool
-
-
-def merge_lora_group(items, statistics):
-    from cobra_kernels import merge_lora
-
-    for i in items:
-        w = merge_lora(i.weight, i.lora_A, i.lora_B)
-        d = i.lora_B.double() @ i.lora_A.double()
-        lost = w.double() - i.weight.double() - d
-        s = lambda t: t.square().sum().item()
-        yield MergeResult(w, s(d), s(i.weight.double()), s(lost), bool(torch.isfinite(w).all()))
 
 
 @dataclass(frozen=True)
@@ -122,22 +96,18 @@ def check_merge_options(tolerance: float | None, above: str) -> None:
 @torch.no_grad()
 def merge_layers(work: Sequence[tuple[Site, LoraLayer]], tolerance: float | None, above: str) -> Merge:
     """Writes W + ΔW into the modules of the sites, all of them or, where one raises, none."""
-    results = list(
-        merge_lora_group(
-            [MergeItem(linear_weight(site.module), layer.lora_A, layer.lora_B) for site, layer in work], statistics=True
-        )
-    )
-    reports = [_report(site, layer, result, tolerance) for (site, layer), result in zip(work, results, strict=True)]
-    lossy = [r for r in reports if not r.merged]
+    items = [MergeItem(linear_weight(site.module), layer.lora_A, layer.lora_B, site.name) for site, layer in work]
+    weights, statistics = merge_lora_group(items)
+    reports = [_report(item, sums, tolerance) for item, sums in zip(items, statistics.tolist(), strict=True)]
+    lossy = [(report, item.weight.dtype) for report, item in zip(reports, items, strict=True) if not report.merged]
     if lossy and above == "raise":
-        worst = max(lossy, key=lambda r: r.rounding_loss)
+        worst, dtype = max(lossy, key=lambda entry: entry[0].rounding_loss)
         raise ValueError(
-            f"{worst.name}: rounding to {linear_weight(work[reports.index(worst)][0].module).dtype} would lose "
-            f"{worst.rounding_loss:.0%} of the update, the tolerance is {tolerance:.0%} ({len(lossy)} layers are above it); "
-            "merge with above='keep', or into an fp32 copy of the model"
+            f"{worst.name}: rounding to {dtype} would lose {worst.rounding_loss:.0%} of the update, the tolerance is "
+            f"{tolerance:.0%} ({len(lossy)} layers are above it); merge with above='keep', or into an fp32 copy of the model"
         )
     done = [i for i, report in enumerate(reports) if report.merged]
-    originals = tuple(_replace_weight(work[i][0].module, results[i].weight) for i in done)
+    originals = tuple(_replace_weight(work[i][0].module, weights[i]) for i in done)
     return Merge(tuple(work[i][0] for i in done), originals, tuple(reports), kept=bool(lossy))
 
 
@@ -156,14 +126,14 @@ def probe_outputs(model: nn.Module, values: object) -> Tensor:
     return found.float().cpu()
 
 
-def _report(site: Site, layer: LoraLayer, result: MergeResult, tolerance: float | None) -> SiteReport:
-    if not result.finite:
+def _report(item: MergeItem, sums: list[float], tolerance: float | None) -> SiteReport:
+    delta, weight, lost = map(math.sqrt, sums) if all(map(math.isfinite, sums)) else (math.nan,) * 3
+    if math.isnan(lost):
         raise ValueError(
-            f"{site.name}: the merged weight is not finite ({result.weight.dtype}); the adapter or the weight holds NaN or Inf"
+            f"{item.name}: the merged weight is not finite ({item.weight.dtype}); the adapter or the weight holds NaN or Inf"
         )
-    lost = math.sqrt(result.lost_squared / result.delta_squared) if result.delta_squared else 0.0
-    merged = tolerance is None or lost <= tolerance
-    return SiteReport(site.name, layer.rank, math.sqrt(result.delta_squared), math.sqrt(result.weight_squared), lost, merged)
+    share = lost / delta if delta else lost
+    return SiteReport(item.name, item.lora_A.shape[0], delta, weight, share, tolerance is None or share <= tolerance)
 
 
 def _replace_weight(module: nn.Module, merged: Tensor) -> Tensor:
@@ -182,6 +152,6 @@ def _set_weight(weight: nn.Parameter, value: Tensor) -> None:
 
 
 def _exchangeable(weight: nn.Parameter, value: Tensor) -> bool:
-    """Whether another tensor can take the parameter's place: not where it is a slice of a larger buffer, which must stay one."""
+    """Whether another tensor can take the parameter's place; not where that is a slice of a larger buffer and must stay one."""
     alike = value.dtype == weight.dtype and value.device == weight.device and value.stride() == weight.stride()
     return alike and weight.untyped_storage().nbytes() == weight.nbytes

@@ -132,8 +132,8 @@ class RankPlan:
         return axolotl_keys(self, scaling)
 
     def to_dataframe(self):
-        """One row a layer: layer, group, rank, gates, posterior of its weakest kept gate, parameters of one rank of the group (needs
-        pandas)."""
+        """One row a layer: its group, rank, gates, the posterior of the weakest kept gate, parameters of one rank of the group
+        (needs pandas)."""
         import pandas
 
         rows = [

@@ -187,7 +187,9 @@ def _check_weight(name: str, module: nn.Module, tied: bool) -> None:
         raise ValueError(f"{name}.weight is computed (a parametrization); remove it first, or leave the layer out")
     weight = module.weight
     if sharded(weight):
-        raise ValueError(f"{name}.weight lies in parts on the ranks ({sharded(weight)}); calibrate and attach before sharding it")
+        raise ValueError(
+            f"{name}.weight lies in parts on the ranks ({sharded(weight)}); calibrate and attach before sharding it"
+        )
     if not weight.is_floating_point():
         raise ValueError(
             f"{name}.weight is {weight.dtype}; adapters need floating-point weights: "

@@ -1,1 +1,1 @@
-"""Figures of a run. Everything here needs matplotlib and is imported when it is used."""
+"""A run on one page. Its figures need matplotlib; everything is imported when it is used."""

@@ -1,4 +1,4 @@
-"""Numbers of the report that neither scores nor plan hold: agreement of the two factors, certainty of the cut, calibration error."""
+"""Numbers that neither scores nor plan hold: agreement of the two factors, certainty of the cut, calibration error."""
 
 from __future__ import annotations
 

@@ -280,7 +280,7 @@ def loss_curves(curves: dict[str, list[float]], path: Path | str | None = None, 
 
 def render(figure: Figure, kind: str) -> bytes:
     """The bytes of a PNG or SVG file, the same for the same figure."""
-    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": f"matplotlib {matplotlib.__version__}"}
+    metadata = {"svg": {"Date": None, "Creator": None}, "png": {"Software": f"matplotlib {matplotlib.__version__}"}}.get(kind)
     data = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(data, format=kind, metadata=metadata)

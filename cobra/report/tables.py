@@ -1,0 +1,120 @@
+"""The rows behind each figure, as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cobra.merge import MergeReport
+from cobra.plan import RankPlan
+from cobra.prior import fuse
+from cobra.report import measures
+from cobra.report.markup import Table
+from cobra.report.run import Bin
+from cobra.scores import LayerScores
+
+Gates = dict[int, dict[str, list[float]]]
+
+
+def ranks(plan: RankPlan) -> Table:
+    rows = []
+    for site in plan.sites:
+        kept = set(site.kept)
+        least = min((site.posterior[k] for k in site.kept), default=None)
+        best = max((p for k, p in enumerate(site.posterior) if k not in kept), default=None)
+        rows += [(member, site.rank, len(site.posterior), least, best, site.cost, site.name) for member in site.members]
+    return Table(("layer", "rank", "gates", "least kept", "best dropped", "parameters of a group's rank", "group"), rows)
+
+
+def prior(scores: LayerScores, plan: RankPlan, fusion: str) -> Table:
+    expected = [sum(site.posterior) for site in plan.sites]
+    total, kept = sum(expected) or 1.0, plan.total or 1
+    rows = [
+        (name, pi, rank / total, site.rank / kept, rank, site.rank)
+        for name, pi, rank, site in zip(
+            scores.sites, fuse(scores.conductance, scores.gradient, fusion).tolist(), expected, plan.sites, strict=True
+        )
+    ]
+    return Table(("group", "prior share", "posterior share", "kept share", "expected rank", "rank"), rows)
+
+
+def mismatch(scores: LayerScores | None, plan: RankPlan, fusion: str) -> str:
+    """Why scores and plan cannot be compared, or nothing."""
+    if scores is None:
+        return ""
+    if scores.fingerprint != plan.fingerprint:
+        return f"scores and plan are of different models (fingerprints {scores.fingerprint} and {plan.fingerprint})"
+    if scores.sites != tuple(site.name for site in plan.sites):
+        return f"the scores have {len(scores.sites)} groups, the plan {len(plan.sites)}, or others"
+    try:
+        fuse(scores.conductance, scores.gradient, fusion)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def posterior(plan: RankPlan) -> Table:
+    gates = ((site, k) for site in plan.sites for k in range(len(site.posterior)))
+    return Table(("group", "gate", "probability", "kept"), [(s.name, k, s.posterior[k], k in s.kept) for s, k in gates])
+
+
+def factors(scores: LayerScores) -> Table:
+    f = measures.factors(scores)
+    zones = dict.fromkeys(f.red, "red zone") | dict.fromkeys(f.under, "contribution above gradient")
+    columns = (scores.conductance.tolist(), scores.gradient.tolist(), f.contribution.tolist(), f.gradient.tolist())
+    rows = [(*row, zones.get(i, "")) for i, row in enumerate(zip(scores.sites, *columns, strict=True))]
+    return Table(("group", "contribution", "gradient", "contribution / even", "gradient / even", "zone"), rows)
+
+
+def history(rows: list[dict], keys: tuple[str, ...] = ()) -> Table:
+    """Every step; these columns, or all there are."""
+    known = dict.fromkeys(key for row in rows for key in row if key != "step")
+    chosen = [key for key in known if not keys or key in keys]
+    return Table(("step", *chosen), [(row["step"], *(row.get(key) for key in chosen)) for row in rows])
+
+
+def panels(rows: list[dict], labels: dict[str, str]) -> dict[str, tuple[list[int], list[float]]]:
+    """label -> (steps, values) of the columns that were logged."""
+    found = {}
+    for key, label in labels.items():
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        if points:
+            found[label] = tuple(map(list, zip(*points, strict=True)))
+    return found
+
+
+def uneven(gates: Gates) -> str:
+    """Why trajectories cannot be drawn, or nothing."""
+    sizes = {step: {name: len(p) for name, p in row.items()} for step, row in gates.items()}
+    first = next(iter(sizes))
+    other = next((step for step, size in sizes.items() if size != sizes[first]), None)
+    if other is not None:
+        return f"the gates at steps {first} and {other} are of different groups or numbers"
+    return "" if any(sizes[first].values()) else "no gates were recorded"
+
+
+def same_gates(gates: Gates, plan: RankPlan) -> bool:
+    return {name: len(p) for name, p in next(iter(gates.values())).items()} == {s.name: len(s.posterior) for s in plan.sites}
+
+
+def trajectories(gates: Gates) -> Table:
+    rows = [(name, k, step, p) for step, row in gates.items() for name, values in row.items() for k, p in enumerate(values)]
+    return Table(("group", "gate", "step", "probability"), rows)
+
+
+def bins(found: Sequence[Bin]) -> Table:
+    rows = [(b.confidence, b.accuracy, *measures.wilson(b.accuracy, b.count), b.count) for b in found]
+    return Table(("confidence", "accuracy", "95 % from", "95 % to", "examples"), rows)
+
+
+def merge(report: MergeReport) -> Table:
+    rows = [
+        (s.name, s.rank, s.delta_norm, s.weight_norm, s.delta_norm / s.weight_norm if s.weight_norm else None, s.rounding_loss, s.merged)
+        for s in report.sites
+    ]  # fmt: skip
+    return Table(("layer", "rank", "‖update‖", "‖weight‖", "‖update‖ / ‖weight‖", "lost to rounding", "merged"), rows)
+
+
+def completeness(scores: LayerScores) -> Table:
+    c = scores.completeness
+    rows = [("residual along the path", c.path), ("residual over layers", c.sites), ("mean change of F", c.change)]
+    return Table(("what", "value"), [*rows, *scores.settings.items()])
