@@ -1,5 +1,6 @@
 import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from cobra_kernels import packed_lora as module
+import cobra_kernels
 from cobra_kernels.packed_lora import packed_lora, packed_lora_, packed_lora_ref, segment_tokens
 from cobra_kernels.testing import assert_within_budget, make_inputs
 
@@ -53,7 +54,7 @@ def widened(operands):
 def interpreted():
     """A copy of the Triton module whose kernels are interpreted, beside the one that other tests compile."""
     triton = pytest.importorskip("triton", minversion="3.7", reason="older interpreters do not run on numpy 2.4")
-    path = module.__file__.replace(".py", "_triton.py")
+    path = Path(cobra_kernels.__file__).with_name("packed_lora_triton.py")
     spec = importlib.util.spec_from_file_location("interpreted_packed_lora_triton", path)
     copy = importlib.util.module_from_spec(spec)
     with triton.knobs.runtime.scope():

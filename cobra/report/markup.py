@@ -6,7 +6,6 @@ import csv
 import io
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 

@@ -109,8 +109,8 @@ def _prior(run: Run) -> Iterator[str | Exhibit]:
         yield paragraph(f"Prior and posterior are not compared: {reason}.", "absent")
     else:
         caption = (
-            f"Share of each group in the prior π ({run.fusion} of both factors), in the expected rank after training, and in the "
-            "ranks kept. A long grey line is a group that training moved."
+            f"Share of each group in the prior π (fusion “{run.fusion}”), in the expected rank after training, and in the ranks kept. "
+            "A long grey line is a group that training moved."
         )
         figure = plots.prior_posterior(scores, plan, fusion=run.fusion)
         yield Exhibit("prior_posterior", "Prior and posterior", caption, tables.prior(scores, plan, run.fusion), figure)
@@ -203,9 +203,9 @@ def _calibration(run: Run) -> Iterator[str | Exhibit]:
         return
     scores, c = run.scores, run.scores.completeness
     yield paragraph(
-        f"Along the path the attributions miss F(x) − F(x0) by {number(100 * c.path)} %: the quadrature's error, which more points "
-        f"make smaller. Summed over layers they miss it by {number(100 * c.sites)} %; only the estimator “direct” promises a small "
-        f"number there, and this is “{scores.settings['estimator']}”. F changes by {number(c.change)} on average."
+        f"Along the path the attributions miss F(x) − F(x0) by {number(100 * c.path)} %: the quadrature's error, which more "
+        f"points make smaller. Summed over layers they miss it by {number(100 * c.sites)} %; only the estimator “direct” promises "
+        f"a small number there, and this is “{scores.settings['estimator']}”. F changes by {number(c.change)} on average."
     )
     yield Exhibit("completeness", "Residuals and settings", "", tables.completeness(scores))
     if scores.unused:
@@ -250,9 +250,10 @@ def _exhibit(exhibit: Exhibit, folder: Path) -> str:
     svg = plots.render(exhibit.figure, "svg")
     storage.write_bytes(folder / f"{exhibit.name}.svg", svg)
     storage.write_bytes(folder / f"{exhibit.name}.png", plots.render(exhibit.figure, "png"))
+    drawing = inline_svg(svg, exhibit.name, f"{exhibit.title}. {exhibit.caption}")
     return (
-        f'<figure aria-label="{escape(exhibit.title)}">\n<div class="wide" tabindex="0" role="group" '
-        f'aria-label="{escape(exhibit.title)}, figure">{inline_svg(svg, exhibit.name, f"{exhibit.title}. {exhibit.caption}")}</div>\n'
+        f'<figure aria-label="{escape(exhibit.title)}">\n<h3>{escape(exhibit.title)}</h3>\n'
+        f'<div class="wide" tabindex="0" role="group" aria-label="{escape(exhibit.title)}, figure">{drawing}</div>\n'
         f"<figcaption>{escape(exhibit.caption)}</figcaption>\n<details><summary>The numbers</summary>{rows}</details>\n"
         f"{_links(exhibit.name, 'png', 'svg', 'csv')}\n</figure>"
     )

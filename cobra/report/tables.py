@@ -107,10 +107,10 @@ def bins(found: Sequence[Bin]) -> Table:
 
 
 def merge(report: MergeReport) -> Table:
-    rows = [
-        (s.name, s.rank, s.delta_norm, s.weight_norm, s.delta_norm / s.weight_norm if s.weight_norm else None, s.rounding_loss, s.merged)
-        for s in report.sites
-    ]  # fmt: skip
+    rows = []
+    for s in report.sites:
+        share = s.delta_norm / s.weight_norm if s.weight_norm else None
+        rows.append((s.name, s.rank, s.delta_norm, s.weight_norm, share, s.rounding_loss, s.merged))
     return Table(("layer", "rank", "‖update‖", "‖weight‖", "‖update‖ / ‖weight‖", "lost to rounding", "merged"), rows)
 
 
