@@ -1,4 +1,4 @@
-"""python -m bench [NAME ...]: runs the benchmarks and writes bench/results/<device>.json."""
+"""python -m bench [NAME ...]: runs the benchmarks, or those named, and writes their rows to bench/results/<device>.json."""
 
 from __future__ import annotations
 
@@ -31,19 +31,20 @@ def main(names: list[str]) -> None:
                 spread = f"[{row['ratio_low']:.3g}, {row['ratio_high']:.3g}]"
                 print(f"  {row['name']:<44} {row['seconds'] * 1e3:10.3f} ms  {row['ratio']:8.3f}x {spread}")
     device = f"cpu-{torch.get_num_threads()}-threads"  # every workload of this release runs on the CPU
+    out = HERE / "results" / f"{device}.json"
+    if names and out.is_file():
+        rows = [row for row in json.loads(out.read_text())["rows"] if row["benchmark"] not in names] + rows
     record = {
         "date": time.strftime("%Y-%m-%d"),
         "device": device,
         "platform": platform.platform(),
         "torch": torch.__version__,
         "cobra": cobra.__version__,
-        "rows": rows,
+        "rows": sorted(rows, key=lambda row: row["benchmark"]),
     }
-    out = HERE / "results" / f"{device}.json"
     out.parent.mkdir(exist_ok=True)
-    if not names:
-        out.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"written to {out.relative_to(HERE.parent)}")
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written to {out.relative_to(HERE.parent)}")
 
 
 main(sys.argv[1:])
