@@ -104,6 +104,12 @@ class Adapter:
         matrices = [p for group in self.groups for layers in group.layers for p in (layers[0].lora_A, layers[0].lora_B)]
         gates = [group.gate for group in self.groups if group.gate is not None]
         heads = [p for head in self.heads.values() for p in head.parameters()]
+        if any(p.dtype == torch.float16 for p in heads):
+            warnings.warn(
+                f"{', '.join(self.heads)} trains in fp16, where AdamW's eps is 0 and its steps are NaN: load the model in bf16 "
+                "or fp32, or attach with modules_to_save=()",
+                stacklevel=2,
+            )
         groups = [
             {"params": matrices, "lr": lr, "weight_decay": weight_decay},
             {"params": gates, "lr": lr * self.config.gate_lr_scale, "weight_decay": 0.0},
@@ -115,7 +121,7 @@ class Adapter:
         """() beta × KL of the gates' posterior from their prior, for one optimizer step.
 
         Where gradients of n micro-batches are accumulated, divide the whole loss by n: then the KL counts once.
-        Zero once the ranks are cut. Engines that average gradients over ranks average equal ones here: it counts once there too.
+        Zero once the ranks are cut. Engines that average gradients over processes average equal ones: it counts once there too.
         """
         self._check_attached()
         gated = [group for group in self.groups if group.gate is not None]

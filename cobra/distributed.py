@@ -133,7 +133,7 @@ def sharded(tensor: Tensor) -> str | None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor, gathered from all ranks where they hold parts of it; differentiable, a gradient equal on all ranks counts once.
+    """The tensor, gathered where processes hold parts of it; differentiable, a gradient equal on all of them counts once.
 
     Raises ValueError for parameters of DeepSpeed ZeRO-3.
     """

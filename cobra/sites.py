@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cobra.config import TargetModules
 from cobra.distributed import sharded
@@ -67,6 +68,22 @@ def is_linear(module: nn.Module) -> bool:
     return is_conv1d(module) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
 
 
+def quantised(module: nn.Module) -> str | None:
+    """What a linear layer keeps in place of a floating-point weight; None for every other module."""
+    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if not all(isinstance(count, int) for count in features) or next(module.children(), None) is not None:
+        return None
+    kept = getattr(module, "weight", None)
+    if kept is None:
+        kept = next((t for t in [*module.parameters(), *module.buffers()] if not t.is_floating_point()), None)
+    if kept is None or nn.parameter.is_lazy(kept) or sharded(kept):
+        return None
+    if kept.is_floating_point() and kept.element_size() > 1 and not is_traceable_wrapper_subclass(kept):
+        return None
+    kind = type(kept.data).__name__ if is_traceable_wrapper_subclass(kept) else kept.dtype
+    return f"{kind} in a {type(module).__name__}"
+
+
 def linear_weight(module: nn.Module) -> Tensor:
     """The weight as (N, K), a view."""
     return module.weight.t() if is_conv1d(module) else module.weight
@@ -109,10 +126,11 @@ def find_sites(model: nn.Module, target_modules: TargetModules = "all-linear") -
     target_modules: "all-linear" leaves out the output heads and weights tied to an embedding; otherwise as in `CobraConfig`
 
     Raises ValueError for names that match no linear layer (with close names), a model without linear layers, weights that
-    are not floating point or empty, and weights tied to an embedding.
+    are quantised, sharded or empty, weights tied to an embedding, and a model in DistributedDataParallel.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("the model is wrapped in DistributedDataParallel; give COBRA model.module, and wrap it after attach()")
+    _check_quantised(model, target_modules)
     linears = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n and is_linear(m)]
     if not linears:
         if is_linear(model):
@@ -182,6 +200,25 @@ def _close(target: str, linears: list[tuple[str, nn.Module]]) -> str:
     return f" (did you mean {', '.join(map(repr, close))}?)"
 
 
+def _check_quantised(model: nn.Module, targets: TargetModules) -> None:
+    """Before anything is chosen: a quantised layer that a target would mean is not to be left out in silence."""
+    found = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n and quantised(m)]
+    if isinstance(targets, str) and targets == "all-linear":
+        meant = [n for n, m in found if m is not language_head(model) and n.split(".")[-1] not in LANGUAGE_HEADS | TASK_HEADS]
+    elif isinstance(targets, str):
+        meant = [n for n, _ in found if re.fullmatch(targets, n)]
+    elif callable(targets):
+        meant = [n for n, m in found if targets(n, m)]
+    else:
+        meant = [n for n, _ in found if any(n == t or n.endswith(f".{t}") for t in targets)]
+    if meant:
+        raise ValueError(
+            f"{meant[0]}.weight is {quantised(model.get_submodule(meant[0]))} ({len(meant)} such layers), and adapters need "
+            "floating-point weights: load the model unquantised or leave the layer out with target_modules. To train on the "
+            "quantised model, calibrate a bf16 copy and give plan_ranks(scores, budget).to_peft_config() to peft"
+        )
+
+
 def _check_weight(name: str, module: nn.Module, tied: bool) -> None:
     if "weight" not in module._parameters:
         raise ValueError(f"{name}.weight is computed (a parametrization); remove it first, or leave the layer out")
@@ -189,11 +226,6 @@ def _check_weight(name: str, module: nn.Module, tied: bool) -> None:
     if sharded(weight):
         raise ValueError(
             f"{name}.weight lies in parts on the ranks ({sharded(weight)}); calibrate and attach before sharding it"
-        )
-    if not weight.is_floating_point():
-        raise ValueError(
-            f"{name}.weight is {weight.dtype}; adapters need floating-point weights: "
-            "load the model unquantised or leave the layer out with target_modules"
         )
     if not weight.numel():
         raise ValueError(f"{name}.weight is empty, shape {tuple(weight.shape)}; leave it out with target_modules")

@@ -53,7 +53,6 @@ constexpr int64_t TILE_FACTORS = 32768;  // elements of R in a tile, so that the
 constexpr int64_t MOST_COLUMNS = 32;     // of a panel: a multiple of every PANEL
 constexpr int64_t MOST_ROWS = 8;         // of a block: the largest ROWS
 constexpr int64_t SUMS = 3;              // of squares: L R, W, (W' - W) - L R
-constexpr int64_t HUGE_PAGE = 1 << 21;
 
 #define COBRA_ISA portable
 #define COBRA_TARGET
@@ -103,6 +102,7 @@ int64_t tile_columns(int64_t rank) {
 // The first write to new memory costs more than the merge, page by page; large pages make it fewer.
 void prefer_huge_pages(const Site& site) {
 #if defined(__linux__)
+  constexpr uintptr_t HUGE_PAGE = 1 << 21;
   const uintptr_t size = uintptr_t(site.rows * site.out_stride * (site.dtype == 0 ? 4 : 2));
   const uintptr_t first = (uintptr_t(site.out) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
   const uintptr_t last = (uintptr_t(site.out) + size) / HUGE_PAGE * HUGE_PAGE;

@@ -117,6 +117,16 @@ def test_merge(tmp_path):
     assert not (tmp_path / "n").exists()
 
 
+def test_report(scores, tmp_path):
+    """The page of a run that has scores and nothing else; code 2 where there is no run."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "scores.safetensors").write_bytes(scores.read_bytes())
+    result = run(app, ["report", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    assert "vit.layers.0" in next((tmp_path / "run").rglob("*.html")).read_text(encoding="utf-8")
+    assert run(app, ["report", str(tmp_path / "none")]).exit_code == 2
+
+
 def test_env():
     result = run(app, ["env", "--json"])
     assert result.exit_code == 0 and json.loads(result.output)["torch"].startswith(torch.__version__.split("+")[0])

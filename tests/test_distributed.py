@@ -141,11 +141,15 @@ def language_batch(rank: int = 0, ranks: int = 1) -> dict:
     return rows(batch | {"labels": batch["input_ids"]}, rank, step=ranks)
 
 
+def adapted_gpt2(dtype: torch.dtype = torch.float32):
+    model = gpt2().to(dtype)
+    return model, cobra.attach(model, cobra.CobraConfig(**CONFIG))
+
+
 def sharded_gpt2(dtype: torch.dtype = torch.float32, blocks: bool = True, **settings):
     from torch.distributed.fsdp import fully_shard
 
-    model = gpt2().to(dtype)
-    adapter = cobra.attach(model, cobra.CobraConfig(**CONFIG))
+    model, adapter = adapted_gpt2(dtype)
     for block in model.transformer.h if blocks else ():
         fully_shard(block, **settings)
     return fully_shard(model, **settings), adapter, optimizer_of(adapter)
@@ -168,8 +172,7 @@ def fsdp2(rank: int) -> dict:
     adapter.load_checkpoint(path, optimizer)
     found["resumed"] = fit(resumed, adapter, optimizer, batch, 2)
 
-    whole = gpt2()
-    adapter = cobra.attach(whole, cobra.CobraConfig(**CONFIG))
+    whole, adapter = adapted_gpt2()
     adapter.load_checkpoint(path)
     adapter.apply(plan)
     adapter.merge()
@@ -258,10 +261,11 @@ def close(found, expected, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize(
     ("case", "loader"),
     [
-        ("uneven", lambda: sum(shards(), [])),
+        ("uneven", lambda: [*shards()[0], *shards()[1]]),
         ("empty", lambda: shards()[0]),
         ("share", lambda: [rows(shards()[0][0], 0, 2), rows(shards()[1][0], 0, 1)]),
     ],
+    ids=["uneven", "empty", "share"],
 )
 def test_scores_on_every_rank_are_those_of_one_process_over_the_same_batches(ran, case, loader):
     """To the bit, the per-example attributions in the order of ranks."""
@@ -314,8 +318,7 @@ def test_ranks_that_train_apart_are_told(ran):
 
 
 def test_fsdp2_trains_like_one_process(ran):
-    model = gpt2()
-    adapter = cobra.attach(model, cobra.CobraConfig(**CONFIG))
+    model, adapter = adapted_gpt2()
     losses = fit(model, adapter, optimizer_of(adapter), language_batch(), 3)
     plan, found = adapter.extract(), ran(fsdp2)
     close(averaged(found), losses)
@@ -354,9 +357,8 @@ def test_fsdp2_keeps_no_second_copy_of_the_weights(ran):
     ],
 )
 def test_fsdp2_precisions(ran, variant, dtype, tolerance):
-    """fp32 adapters beside bf16 weights, and parameters that FSDP2 casts: against one process, the policy's casts against fp32."""
-    model = gpt2().to(dtype)
-    adapter = cobra.attach(model, cobra.CobraConfig(**CONFIG))
+    """fp32 adapters beside bf16 weights, and parameters that FSDP2 casts (against fp32)."""
+    model, adapter = adapted_gpt2(dtype)
     close(averaged(ran(fsdp2_precisions), variant), fit(model, adapter, optimizer_of(adapter), language_batch(), 3), tolerance)
 
 
@@ -408,23 +410,13 @@ def test_zero3_is_refused_before_attach():
 
 
 @pytest.mark.parametrize(
-    "use",
-    [
-        lambda adapter, path: adapter.kl_loss(),
-        lambda adapter, path: adapter.expected_ranks(),
-        lambda adapter, path: adapter.extract(),
-        lambda adapter, path: adapter.to_lora(),
-        lambda adapter, path: adapter.save_pretrained(path),
-        lambda adapter, path: adapter.save_checkpoint(path),
-        lambda adapter, path: adapter.merge(),
-    ],
-    ids=["kl_loss", "expected_ranks", "extract", "to_lora", "save_pretrained", "save_checkpoint", "merge"],
+    "method", ["kl_loss", "expected_ranks", "extract", "to_lora", "merge", "save_pretrained", "save_checkpoint"]
 )
-def test_zero3_is_refused_after_attach(tmp_path, use):
+def test_zero3_is_refused_after_attach(tmp_path, method):
     """An empty adapter is never written, nor trained."""
     _, adapter = attached(vit, **CONFIG)
     for index, tensor in enumerate(adapter.state_dict().values()):
         tensor.ds_id, tensor.data = index, torch.zeros(0)
     with pytest.raises(ValueError, match="DeepSpeed ZeRO-3"):
-        use(adapter, tmp_path / "saved")
+        getattr(adapter, method)(*[tmp_path / "saved"] * method.startswith("save"))
     assert not (tmp_path / "saved").exists()

@@ -18,8 +18,8 @@ from models import (
 from test_lora import trained
 from torch import nn
 
-from cobra.lora import LoraAdapter, LoraLayer
 from cobra.deploy.serving import PackedLinear, serve
+from cobra.lora import LoraAdapter, LoraLayer
 
 BUILDS = {
     "vit": (vit, image_batch),

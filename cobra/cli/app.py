@@ -147,6 +147,18 @@ def merge(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder: scores, plan, history, whatever of them is there.")],
+    out: Annotated[Path | None, typer.Option(help="The page; report.html in the run by default.")] = None,
+) -> None:
+    """One self-contained HTML page of a run, with the drawings and the data behind each beside it."""
+    from cobra.report.page import write_report
+
+    with _explained():
+        typer.echo(str(write_report(run, out)))
+
+
+@app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
     """What is installed, what is active, and why not."""
     from cobra.cli.environment import describe

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import math
+import os
 import warnings
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
-from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from cobra import checkpoint, storage
 from cobra.adapter import Adapter
 from cobra.integrations.hooks import StepHooks
 from cobra.linear import adapters_of
 from cobra.plan import RankPlan
 
+CHECKPOINT = "cobra.safetensors"
 UNDECIDED = (0.1, 0.9)
 
 
-class CobraCallback(TrainerCallback, ExportableState):
+class CobraCallback(TrainerCallback):
     """Searches, cuts and trains on the adapter attached to the model that a Trainer trains.
 
     The first `search_share` of the optimizer steps is the search, over which the temperature anneals; then the plan of the
@@ -43,32 +48,20 @@ class CobraCallback(TrainerCallback, ExportableState):
         self.search_share, self.max_bad_steps = search_share, max_bad_steps
         self.adapter: Adapter | None = None
         self.search_steps: int | None = None
-        self.progress: dict | None = None
+        self._optimizer: Optimizer | None = None
+        self._layout: list[int] = []
         self._hooks: StepHooks | None = None
+        self._handles: list[RemovableHandle] = []
 
     @property
     def plan(self) -> RankPlan | None:
         return None if self.adapter is None else self.adapter.plan
 
-    def state(self) -> dict:
-        """What the Trainer writes into trainer_state.json at every checkpoint; gates need no more than the step."""
-        if self.adapter is not None:
-            self.progress = {
-                "search_steps": self.search_steps,
-                "step": self.adapter.current_step,
-                "fingerprint": self.adapter.base_fingerprint,
-                "config": self.adapter.config.to_dict(),
-                "priors": [group.prior for group in self.adapter.groups],
-                "plan": None if self.adapter.plan is None else self.adapter.plan.to_dict(),
-            }
-        args = {"search_share": self.search_share, "max_bad_steps": self.max_bad_steps}
-        return {"args": args, "attributes": {"progress": self.progress}}
-
     # events
 
-    def on_init_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        for adapter in adapters_of(model) if isinstance(model, nn.Module) else []:
-            adapter.loading_optimizer = optimizer
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if isinstance(model, nn.Module):
+            self._handles.append(model.register_load_state_dict_pre_hook(_leave_out_cut_ranks))
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self._release()
@@ -79,14 +72,15 @@ class CobraCallback(TrainerCallback, ExportableState):
         _check_devices(args, self.search_share)
         self._optimizer = _torch_optimizer(optimizer)
         _check_trained(model, self.adapter, self._optimizer)
+        self._layout = [len(group["params"]) for group in self._optimizer.param_groups]
+        self.search_steps = max(1, round(self.search_share * state.max_steps))
         if state.global_step:
-            self._resume(state)
+            self._resume(Path(_calling("resume_from_checkpoint")) / CHECKPOINT)
         else:
-            self.search_steps = max(1, round(self.search_share * state.max_steps))
-        self._set_length()
-        if not state.global_step and self.plan is None:
+            self._set_length()
             self.adapter.move_to_step(0)
         self._hooks = StepHooks(self.adapter, self._optimizer, self.max_bad_steps)
+        self._handles.append(self._optimizer.register_state_dict_post_hook(self._as_before_the_cut))
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         if self._hooks is None:
@@ -111,9 +105,21 @@ class CobraCallback(TrainerCallback, ExportableState):
             for key, value in values.items():
                 target.setdefault(key, value)
 
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if self._hooks is None or not args.should_save or args.save_only_model or not folder.is_dir():
+            return
+        self._handles.pop().remove()
+        self.adapter.save_checkpoint(folder / CHECKPOINT, self._optimizer)
+        self._handles.append(self._optimizer.register_state_dict_post_hook(self._as_before_the_cut))
+
     def on_train_end(self, args, state, control, **kwargs):
         if self._hooks is None:
             return
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            best = Path(state.best_model_checkpoint) / CHECKPOINT
+            if best.is_file():  # the Trainer loads by names, and some models save under others than they have
+                self._load(best)
         if self.plan is None:
             if state.global_step < self.search_steps:
                 warnings.warn(
@@ -129,11 +135,13 @@ class CobraCallback(TrainerCallback, ExportableState):
     def _release(self) -> None:
         if self._hooks is not None:
             self._hooks.remove()
-        self._hooks = None
+        for handle in self._handles:
+            handle.remove()
+        self._hooks, self._handles = None, []
 
     def _is_second(self) -> bool:
         """Whether another CobraCallback comes before; the first one goes to the front, so that all loggers get what it logs."""
-        callbacks = _calling_handler().callbacks
+        callbacks = _calling("self", CallbackHandler).callbacks
         if next(c for c in callbacks if isinstance(c, CobraCallback)) is not self:
             return True
         callbacks.remove(self)
@@ -142,39 +150,36 @@ class CobraCallback(TrainerCallback, ExportableState):
 
     def _set_length(self) -> None:
         self.adapter.config = dataclasses.replace(self.adapter.config, total_steps=self.search_steps)
-        self.adapter.move_to_step(self.adapter.current_step)
 
-    def _resume(self, state) -> None:
-        """Model, optimizer and scheduler are loaded; the rest is in the Trainer's state."""
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        saved = saved[0] if isinstance(saved, list) else saved
-        progress = saved["attributes"]["progress"] if saved else None
-        if progress is None:
-            raise ValueError(f"the checkpoint at step {state.global_step} was written without CobraCallback: start anew")
-        adapter = self.adapter
-        if progress["fingerprint"] != adapter.base_fingerprint:
+    def _resume(self, path: Path) -> None:
+        """Adapter and optimizer from COBRA's file; the scheduler and the random states are the Trainer's to load."""
+        if not path.is_file():
             raise ValueError(
-                f"the checkpoint is of another model: fingerprint {progress['fingerprint']}, this adapter's is "
-                f"{adapter.base_fingerprint}"
+                f"{path} is missing: the checkpoint was written without CobraCallback, or the run died while it was written; "
+                "resume from the checkpoint before"
             )
-        ours = json.loads(json.dumps(adapter.config.to_dict()))
-        for field in ours.keys() - {"total_steps"}:
-            if progress["config"].get(field) != ours[field]:
-                raise ValueError(
-                    f"the checkpoint was trained with {field}={progress['config'].get(field)!r}, this adapter has "
-                    f"{field}={ours[field]!r}"
-                )
-        plan = None if progress["plan"] is None else RankPlan.from_dict(progress["plan"])
-        ranks = {g.name: g.rank for g in adapter.groups}
-        if (plan is None) != (adapter.plan is None) or (plan and ranks != {s.name: s.rank for s in plan.sites if s.rank}):
-            raise ValueError(
-                "the checkpoint's ranks are not the adapter's; attach a fresh one to the base model, and make a new Trainer"
+        planned, config = self.search_steps, storage.read_tensors(path, checkpoint.KIND)[1]["config"]
+        self.search_steps = config["total_steps"]
+        if self.search_steps != planned:
+            warnings.warn(
+                f"the search goes on as it began, over {self.search_steps} steps: search_share and the number of steps would "
+                f"make it {planned} now",
+                stacklevel=3,
             )
-        adapter.plan = plan
-        for group, prior in zip(adapter.groups, progress["priors"], strict=True):
-            group.prior = prior
-        self.search_steps = progress["search_steps"]
-        adapter.move_to_step(progress["step"])
+        self._set_length()
+        self._load(path, self._optimizer)
+
+    def _load(self, path: Path, optimizer: Optimizer | None = None) -> None:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            self.adapter.load_checkpoint(path, optimizer)
+
+    def _as_before_the_cut(self, optimizer: Optimizer, state: dict) -> dict:
+        """The Trainer loads its optimizer.pt before any callback could cut; the state itself is in COBRA's file."""
+        if [len(group["params"]) for group in state["param_groups"]] == self._layout:
+            return state
+        numbers = iter(range(sum(self._layout)))
+        sizes = zip(state["param_groups"], self._layout, strict=True)
+        return {"state": {}, "param_groups": [{**g, "params": [next(numbers) for _ in range(n)]} for g, n in sizes]}
 
     def _cut(self, state) -> None:
         gates = [(g.gate, g.prior) for g in self.adapter.groups if g.gate is not None]
@@ -192,14 +197,25 @@ class CobraCallback(TrainerCallback, ExportableState):
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
-def _calling_handler() -> CallbackHandler:
-    """The Trainer's list of callbacks, from the frame that calls: no event is given it, and loggers are asked in its order."""
+def _leave_out_cut_ranks(model: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
+    """Before the Trainer loads a checkpoint into the model: matrices cut there and not yet here are COBRA's to load."""
+    for name, p in model.named_parameters(remove_duplicate=False):
+        key = prefix + name
+        if name.endswith((".lora_A", ".lora_B")) and key in state and state[key].shape != p.shape:
+            del state[key]
+
+
+def _calling(name: str, kind: type | tuple[type, ...] = (str, os.PathLike)):
+    """A variable of the Trainer that calls, by name and type.
+
+    No event is given the list of callbacks, the order in which loggers are asked, or the checkpoint that is resumed from.
+    """
     frame = inspect.currentframe()
-    while not isinstance(frame.f_locals.get("self"), CallbackHandler):
+    while frame is not None and not isinstance(frame.f_locals.get(name), kind):
         frame = frame.f_back
-        if frame is None:
-            raise RuntimeError("CobraCallback is driven by a transformers Trainer; in a loop of your own call adapter.step()")
-    return frame.f_locals["self"]
+    if frame is None:
+        raise RuntimeError(f"no Trainer calls, or one without {name!r}: CobraCallback is for transformers' Trainer")
+    return frame.f_locals[name]
 
 
 def _find_adapter(model: nn.Module) -> Adapter:
@@ -273,7 +289,7 @@ def _gate_metrics(adapter: Adapter) -> dict[str, float]:
         "kl": adapter.kl_loss().item(),
         "expected_rank": math.fsum(adapter.expected_ranks().values()),
         "layers_at_budget": sum(rank > 0 for rank in ranks),
-        "max_rank_at_budget": max(ranks),
+        "max_rank_at_budget": max(ranks, default=0),
     }
     if adapter.config.gate == "concrete" and adapter.plan is None:
         values["temperature"] = adapter.config.temperature_at(adapter.current_step)

@@ -109,8 +109,8 @@ def _prior(run: Run) -> Iterator[str | Exhibit]:
         yield paragraph(f"Prior and posterior are not compared: {reason}.", "absent")
     else:
         caption = (
-            f"Share of each group in the prior π (fusion “{run.fusion}”), in the expected rank after training, and in the ranks kept. "
-            "A long grey line is a group that training moved."
+            f"Share of each group in the prior π (fusion “{run.fusion}”), in the expected rank after training, and in the "
+            "ranks kept. Gates start at σ(γ(π − π̄)), flatter than π: a grey line is what γ and training left between the two."
         )
         figure = plots.prior_posterior(scores, plan, fusion=run.fusion)
         yield Exhibit("prior_posterior", "Prior and posterior", caption, tables.prior(scores, plan, run.fusion), figure)
@@ -204,8 +204,9 @@ def _calibration(run: Run) -> Iterator[str | Exhibit]:
     scores, c = run.scores, run.scores.completeness
     yield paragraph(
         f"Along the path the attributions miss F(x) − F(x0) by {number(100 * c.path)} %: the quadrature's error, which more "
-        f"points make smaller. Summed over layers they miss it by {number(100 * c.sites)} %; only the estimator “direct” promises "
-        f"a small number there, and this is “{scores.settings['estimator']}”. F changes by {number(c.change)} on average."
+        f"points make smaller. Summed over layers they miss it by {number(100 * c.sites)} %; only the estimator “direct” "
+        f"promises a small number there, and this is “{scores.settings['estimator']}”. F changes by {number(c.change)} on "
+        "average."
     )
     yield Exhibit("completeness", "Residuals and settings", "", tables.completeness(scores))
     if scores.unused:
@@ -248,6 +249,7 @@ def _exhibit(exhibit: Exhibit, folder: Path) -> str:
     if exhibit.figure is None:
         return f'<figure aria-label="{escape(exhibit.title)}">\n{rows}\n{_links(exhibit.name, "csv")}\n</figure>'
     svg = plots.render(exhibit.figure, "svg")
+    exhibit.figure.set_layout_engine("none")  # it stays as it was laid out, which takes as long as drawing it
     storage.write_bytes(folder / f"{exhibit.name}.svg", svg)
     storage.write_bytes(folder / f"{exhibit.name}.png", plots.render(exhibit.figure, "png"))
     drawing = inline_svg(svg, exhibit.name, f"{exhibit.title}. {exhibit.caption}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def rank_heatmap(plan: RankPlan, path: Path | str | None = None) -> Figure:
     rows, columns = found.values.shape
     width = 0.75 if columns <= 12 else max(0.16, 9 / columns)
     height = 0.3 if rows <= 40 else max(0.1, 12 / rows)
-    figure, axes = _figure(2.8 + width * columns, 1.3 + height * rows + (0.9 if found.columns and any(found.columns) else 0.3))
+    labels = 0.3 + 0.04 * max(map(len, found.columns or [""]))
+    figure, axes = _figure(max(4.2, 2.8 + width * columns), 1.3 + height * rows + labels)
     levels = max(ranks.values(), default=0) + 1
     image = axes.pcolormesh(
         found.values,
@@ -90,7 +92,7 @@ def rank_heatmap(plan: RankPlan, path: Path | str | None = None) -> Figure:
             if np.isfinite(rank):
                 colour = ON_DARK if rank < 0.6 * levels else ON_LIGHT
                 axes.text(j + 0.5, i + 0.5, f"{rank:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    figure.colorbar(image, ax=axes, label="rank", ticks=MaxNLocator(8, integer=True), aspect=30).outline.set_visible(False)
+    _colour_bar(figure, image, axes, "rank", height * rows, ticks=MaxNLocator(8, integer=True))
     axes.set_title(f"{plan.total:,} ranks, {plan.parameters:,} parameters")
     return _finish(figure, path)
 
@@ -101,7 +103,9 @@ def factor_scatter(scores: LayerScores, path: Path | str | None = None) -> Figur
     figure, axes = _figure(6.4, 5.2)
     f = measures.factors(scores)
     x, y = f.contribution, f.gradient
-    points = axes.scatter(x, y, c=np.arange(len(x)), cmap="viridis", s=30, edgecolor=SURFACE, linewidth=0.5, zorder=3)
+    points = axes.scatter(
+        x, y, c=np.arange(len(x)), cmap="viridis", s=30 if len(x) <= 150 else 14, edgecolor=SURFACE, linewidth=0.5, zorder=3
+    )
     if (x > 0).all() and (y > 0).all():
         axes.set(xscale="log", yscale="log")
         for axis in (axes.xaxis, axes.yaxis):
@@ -115,14 +119,13 @@ def factor_scatter(scores: LayerScores, path: Path | str | None = None) -> Figur
     edge = np.geomspace(1, max(high, 2), 50)
     axes.plot([low, high], [low, high], color=MUTED, linewidth=0.8, linestyle=":")
     zones = ((f.red, VERMILION, "red zone: gradient ≥ 2 × contribution"), (f.under, BLUE, "contribution ≥ 2 × gradient"))
-    axes.fill_between(edge / measures.ZONE_RATIO, np.maximum(edge, 1), high, color=VERMILION, alpha=0.12, linewidth=0)
-    axes.fill_between([low, 0.5], 1, high, color=VERMILION, alpha=0.12, linewidth=0, label=zones[0][2])
-    axes.fill_between(edge, low, edge / measures.ZONE_RATIO, color=BLUE, alpha=0.12, linewidth=0, label=zones[1][2])
+    axes.fill_between(edge / measures.ZONE_RATIO, np.maximum(edge, 1), high, color=VERMILION, alpha=0.16, linewidth=0)
+    axes.fill_between([low, 0.5], 1, high, color=VERMILION, alpha=0.16, linewidth=0, label=zones[0][2])
+    axes.fill_between(edge, low, edge / measures.ZONE_RATIO, color=BLUE, alpha=0.16, linewidth=0, label=zones[1][2])
     names = short_names(scores.sites)
     for zone, colour, _ in zones:
-        for i in zone[:6]:
-            axes.annotate(names[i], (x[i], y[i]), fontsize=7, color=colour, xytext=(5, 3), textcoords="offset points")
-    figure.colorbar(points, ax=axes, label="depth (group index)", aspect=30).outline.set_visible(False)
+        _label_points(axes, [(names[i], x[i], y[i]) for i in zone[:6]], colour)
+    _colour_bar(figure, points, axes, "depth (group index)", 4.2)
     axes.set_xlabel(f"contribution φ, even share = 1 ({plain(scores.settings['estimator'])})")
     axes.set_ylabel("gradient demand Γ, even share = 1")
     axes.set_title(f"Pearson {measures.pearson(x, y)}\nSpearman {measures.spearman(x, y)}, {len(x)} groups")
@@ -140,15 +143,23 @@ def prior_posterior(scores: LayerScores, plan: RankPlan, path: Path | str | None
     step = 0.19 if G <= MOST_LABELS else max(0.03, 15 / G)
     figure, axes = _figure(6.8, 1.5 + step * G)
     y = np.arange(G)
-    axes.hlines(y, prior, posterior, color=LINE, linewidth=2, zorder=1)
-    axes.scatter(prior, y, s=26, facecolor=SURFACE, edgecolor=MUTED, linewidth=1.3, label="prior π", zorder=2)
-    axes.scatter(posterior, y, s=26, color=BLUE, linewidth=0, label="posterior, expected rank", zorder=3)
-    axes.scatter(kept, y, s=60, marker="|", color=VERMILION, linewidth=1.8, label="kept", zorder=4)
+    size = 26 * max(0.25, step / 0.19)
+    axes.hlines(y, prior, posterior, color=LINE, linewidth=min(2, 12 * step), zorder=1)
+    axes.scatter(prior, y, s=size, facecolor=SURFACE, edgecolor=MUTED, linewidth=1.2, label="prior π", zorder=2)
+    axes.scatter(posterior, y, s=size, color=BLUE, linewidth=0, label="posterior, expected rank", zorder=3)
+    axes.scatter(kept, y, s=2.3 * size, marker="|", color=VERMILION, linewidth=1.8, label="kept", zorder=4)
     axes.axvline(1 / G, color=MUTED, linewidth=0.8, linestyle=":")
     _name_ticks(axes.yaxis, short_names(scores.sites), 0)
-    axes.set(ylim=(G - 0.5, -0.5), xlabel="share of all ranks (dotted: an even share)")
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(lambda v, _: f"{100 * v:g} %")
+    # shares are squares of distances on the axis: one large group would press all others against zero
+    largest = max(prior.max(), posterior.max(), kept.max())
+    axes.set_xscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
+    axes.set_xlim(0, 1.1 * largest)
+    ticks = [0.0]
+    for tick in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1):
+        if tick <= largest and np.sqrt(tick) - np.sqrt(ticks[-1]) > 0.1 * np.sqrt(largest):
+            ticks.append(tick)
+    axes.set_xticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
+    axes.set(ylim=(G - 0.5, -0.5), xlabel="share of all ranks, square-root scale (dotted: an even share)")
     figure.legend(loc="outside upper left", ncols=3, fontsize=8)
     return _finish(figure, path)
 
@@ -156,18 +167,19 @@ def prior_posterior(scores: LayerScores, plan: RankPlan, path: Path | str | None
 @_styled
 def gate_probabilities(plan: RankPlan, path: Path | str | None = None) -> Figure:
     """Posterior of every gate, group by group: kept and dropped."""
-    G = len(plan.sites)
-    figure, axes = _figure(min(14.0, max(6.4, 2 + 0.17 * G)), 4.4)
-    axes.axhspan(*measures.COIN_FLIP, color=MUTED, alpha=0.12, linewidth=0, label="coin flips")
+    names = short_names(site.name for site in plan.sites)
+    G = len(names)
+    figure, axes = _figure(min(10.0, max(6.4, 2 + 0.17 * G)), 3.0 + 0.09 * max(map(len, names)))
+    axes.axhspan(*measures.COIN_FLIP, color=MUTED, alpha=0.16, linewidth=0, label="coin flips")
     groups = np.repeat(np.arange(G), [len(site.posterior) for site in plan.sites])
     p, mask = np.array(measures.all_gates(plan), float).reshape(-1, 2).T
     for kept, colour, label in ((True, BLUE, "kept"), (False, VERMILION, "dropped")):
         chosen = mask == kept
         marker = {"marker": "o" if kept else "x", "linewidth": 0 if kept else 0.8, "s": 9 if kept else 11}
         axes.scatter(groups[chosen], p[chosen], color=colour, alpha=0.7, label=f"{label} ({chosen.sum():,})", **marker)
-    _name_ticks(axes.xaxis, short_names(site.name for site in plan.sites), 0)
+    _name_ticks(axes.xaxis, names, 0)
     axes.tick_params(axis="x", rotation=90)
-    axes.set(ylabel="gate probability", ylim=(-0.03, 1.03), xlim=(-0.7, G - 0.3), title="Posterior of the rank gates")
+    axes.set(ylabel="gate probability", ylim=(-0.03, 1.03), xlim=(-0.7, G - 0.3))
     figure.legend(loc="outside lower left", ncols=3, fontsize=8)
     return _finish(figure, path)
 
@@ -197,7 +209,7 @@ def gate_trajectories(
         above.fill_between(steps[thin], low[thin], high[thin], color=colour, alpha=0.18, linewidth=0)
         text = f"{label} ({len(chosen):,}): median, 10–90 %" if plan is not None else "all gates: median, 10–90 %"
         above.plot(steps[thin], middle[thin], color=colour, linewidth=2, label=text)
-    above.set(ylabel="gate probability", ylim=(-0.03, 1.03), title="Gates over training")
+    above.set(ylabel="gate probability", ylim=(-0.03, 1.03))
     expected = np.array([[sum(row[name]) for name in names] for row in gates.values()])[_every(len(steps), 200)].T
     shown = steps[_every(len(steps), 200)]
     # the image needs equal columns; steps are logged at equal distances, but for the last
@@ -208,9 +220,9 @@ def gate_trajectories(
         interpolation="nearest",
         extent=(shown[0], max(shown[-1], shown[0] + 1), len(names) - 0.5, -0.5),
     )
-    _name_ticks(below.yaxis, short_names(names), 0)
+    _name_ticks(below.yaxis, short_names(names), 0, most=int(size / 0.12))
     below.set(xlabel="step", ylabel="group")
-    figure.colorbar(image, ax=below, label="expected rank", aspect=25).outline.set_visible(False)
+    _colour_bar(figure, image, below, "expected rank", size)
     _mark_cut((above, below), cut)
     figure.legend(*above.get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=8)
     return _finish(figure, path)
@@ -229,13 +241,12 @@ def series_panels(
     for one, (label, (steps, values)), colour in zip(axes, panels.items(), (BLUE, VERMILION, GREEN, PURPLE) * 8, strict=False):
         steps, values = np.asarray(steps), np.asarray(values, float)
         thin = _every(len(steps), MOST_POINTS)
-        window = min(20, len(values) // 3)
-        raw = {"alpha": 0.35, "linewidth": 0.7} if smooth and window > 1 else {"linewidth": 1.6}
-        mark = "o" if len(values) == 1 else None
-        one.plot(steps[thin], values[thin], color=colour, marker=mark, **raw)
-        if smooth and window > 1:
-            mean = _running_mean(values, window)
-            one.plot(steps[window - 1 :][_every(len(mean), MOST_POINTS)], mean[_every(len(mean), MOST_POINTS)], color=colour)
+        mean, at = _smooth(steps, values, cut) if smooth else (values[:0], steps[:0])
+        raw = {"alpha": 0.35, "linewidth": 0.7} if len(mean) else {"linewidth": 1.6}
+        one.plot(steps[thin], values[thin], color=colour, marker="o" if len(values) == 1 else None, **raw)
+        if len(mean):
+            shown = _every(len(mean), MOST_POINTS)
+            one.plot(at[shown], mean[shown], color=colour)
         one.set_ylabel(label)
         one.grid(axis="y", color=LINE, linewidth=0.6)
         one.set_axisbelow(True)
@@ -282,7 +293,8 @@ def render(figure: Figure, kind: str) -> bytes:
     """The bytes of a PNG or SVG file, the same for the same figure."""
     metadata = {"svg": {"Date": None, "Creator": None}, "png": {"Software": f"matplotlib {matplotlib.__version__}"}}.get(kind)
     data = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script the font lacks prints as boxes
         figure.savefig(data, format=kind, metadata=metadata)
     return data.getvalue()
 
@@ -299,6 +311,11 @@ def _finish(figure: Figure, path: Path | str | None) -> Figure:
     return figure
 
 
+def _colour_bar(figure: Figure, shown, axes: Axes, label: str, height: float, **settings) -> None:
+    """A bar of the same width whatever its height in inches."""
+    figure.colorbar(shown, ax=axes, label=label, aspect=max(6, 7 * height), **settings).outline.set_visible(False)
+
+
 def _name_ticks(axis, names: list[str], offset: float, most: int = MOST_LABELS) -> None:
     """A tick a name, or every n-th where they would touch."""
     every = -(-len(names) // most)
@@ -310,10 +327,35 @@ def _mark_cut(panels: Sequence[Axes], cut: int | None) -> None:
         return
     for axes in panels:
         axes.axvline(cut, color=MUTED, linestyle="--", linewidth=1)
-    panels[0].annotate(
-        "ranks cut", (cut, 1), xycoords=("data", "axes fraction"), xytext=(-4, -2), textcoords="offset points", ha="right",
-        va="top", fontsize=8, color=MUTED,
-    )  # fmt: skip
+    where = {"xy": (cut, 1), "xycoords": ("data", "axes fraction"), "xytext": (0, 2), "textcoords": "offset points"}
+    panels[0].annotate("ranks cut", ha="center", va="bottom", fontsize=8, color=MUTED, **where)
+
+
+def _label_points(axes: Axes, points: list[tuple[str, float, float]], colour: str) -> None:
+    """Names beside points, moved down until they do not touch one that is there."""
+    placed: list[tuple[float, float]] = []
+    for name, x, y in sorted(points, key=lambda point: -point[2]):
+        across, up = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
+        down = 0.0
+        while any(abs(across - a) < 0.3 and abs(up - down - u) < 0.032 for a, u in placed):
+            down += 0.008
+        placed.append((across, up - down))
+        ground = {"facecolor": SURFACE, "alpha": 0.75, "linewidth": 0, "pad": 0.8}
+        where = {"xytext": (across + 0.015, up - down), "textcoords": "axes fraction", "va": "center"}
+        axes.annotate(name, (x, y), **where, fontsize=7, color=colour, bbox=ground, zorder=5)
+
+
+def _smooth(steps: np.ndarray, values: np.ndarray, cut: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Running mean and its steps; never across the cut, where the objective changes: the line has a gap there."""
+    window = min(20, len(values) // 3)
+    if window < 2:
+        return values[:0], steps[:0]
+    parts, middle = [], len(steps) if cut is None else int(np.searchsorted(steps, cut))
+    for span in (slice(0, middle), slice(middle, None)):
+        if len(values[span]) >= window:
+            parts += [(_running_mean(values[span], window), steps[span][window - 1 :]), (np.array([np.nan]), steps[-1:])]
+    mean, at = (np.concatenate(both) for both in zip(*parts[:-1], strict=True)) if parts else (values[:0], steps[:0])
+    return mean, at
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:

@@ -50,7 +50,7 @@ pre{background:var(--surface);border:1px solid var(--line);border-radius:8px;pad
 nav{display:flex;flex-wrap:wrap;gap:.25rem 1rem;margin:1rem 0;font-size:.9rem}
 .lead{font-size:1.05rem}
 .muted,figcaption,summary{color:var(--muted)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.75rem;margin:1.25rem 0;padding:0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr));gap:.75rem;margin:1.25rem 0;padding:0}
 .tiles div{background:var(--surface);border:1px solid var(--line);border-radius:8px;padding:.6rem .8rem}
 .tiles dt{font-size:.8rem;color:var(--muted)}
 .tiles dd{margin:0;font-size:1.3rem;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from cobra.plan import RankPlan
@@ -37,7 +38,8 @@ def tiles(run: Run) -> list[Tile]:
             Tile("coin flips", f"{flips:,}", "gates from {} to {}".format(*measures.COIN_FLIP)),
         ]
     if run.scores is not None:
-        found.append(Tile("correlation", number(run.scores.correlation), "gradient and contribution"))
+        r = measures.pearson(run.scores.conductance, run.scores.gradient).value
+        found.append(Tile("correlation", "–" if math.isnan(r) else f"{r:.2f}", "gradient and contribution"))
     if run.metrics:
         name = "accuracy" if "accuracy" in run.metrics else next(iter(run.metrics))
         found.append(Tile(name, number(run.metrics[name]), "evaluation"))
@@ -46,21 +48,32 @@ def tiles(run: Run) -> list[Tile]:
 
 def _spent(plan: RankPlan) -> str:
     ranks = plan.ranks
-    empty = [name for name, rank in ranks.items() if rank == 0]
+    empty = sum(rank == 0 for rank in ranks.values())
     largest = max(ranks.values())
     most = [name for name, rank in ranks.items() if rank == largest]
-    budget, spent = plan.provenance.get("budget"), plan.provenance.get("spent")
-    text = f"{plan.total:,} ranks went to {len(ranks) - len(empty):,} of {len(ranks):,} layers"
-    if isinstance(budget, dict) and "amount" in budget:
-        of = f"{number(spent)} of {number(budget['amount'])}" if spent is not None else number(budget["amount"])
-        text += f"; the budget was {number(budget['amount'])} {budget.get('unit', 'ranks')}"
-        text += f", {of} are spent" if spent is not None else ""
-    text += ". "
-    text += "Every layer got at least one" if not empty else f"{len(empty):,} got none and are the base model's own again"
+    text = f"{plan.total:,} ranks went to {len(ranks) - empty:,} of {len(ranks):,} layers{_budget(plan)}. "
+    if empty:
+        text += (
+            f"{empty:,} {'layer' if empty == 1 else 'layers'} got none and {'is' if empty == 1 else 'are'} as in the base model"
+        )
+    else:
+        text += "Every layer got at least one"
+    if largest and len(most) == len(ranks):
+        return f"{text}; all have {largest:,}."
     if largest:
         others = f" and {len(most) - 1:,} more" if len(most) > 1 else ""
         text += f"; {most[0]}{others} got the most, {largest:,}"
     return text + "."
+
+
+def _budget(plan: RankPlan) -> str:
+    budget, spent = plan.provenance.get("budget"), plan.provenance.get("spent")
+    if not isinstance(budget, dict) or "amount" not in budget:
+        return ""
+    amount = f"{number(budget['amount'])} {budget.get('unit', 'ranks')}"
+    if spent is None:
+        return f", under a budget of {amount}"
+    return f", the whole budget of {amount}" if spent == budget["amount"] else f", {number(spent)} of a budget of {amount}"
 
 
 def _certainty(plan: RankPlan) -> str:
