@@ -149,7 +149,7 @@ def merge(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder: scores, plan, history, whatever of them is there.")],
-    out: Annotated[Path | None, typer.Option(help="The page; report.html in the run by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder; RUN/report by default.")] = None,
 ) -> None:
     """One self-contained HTML page of a run, with the drawings and the data behind each beside it."""
     from cobra.report.page import write_report

@@ -51,7 +51,7 @@ def write_report(run: Path | str, out: Path | str | None = None) -> Path:
     run: a run's folder
     out: a new folder or an earlier report, which is replaced; by default run/report
 
-    out: the page
+    Returns the page.
 
     Raises FileNotFoundError where there is no run, FormatError for a broken file of it, ValueError for an `out` that holds
     something else.
