@@ -169,7 +169,7 @@ class _Collected:
         for i in used:
             groups.setdefault(block_of(sites[i].name) if settings["granularity"] == "block" else sites[i].name, []).append(i)
         grouped = torch.stack([attributed[:, g].sum(1) for g in groups.values()], 1)
-        gamma = torch.stack([squared[:, g].sum(1).mean().sqrt() for g in groups.values()])
+        grouped_squared = torch.stack([squared[:, g].sum(1) for g in groups.values()], 1)
         residual_entry = entry - change
         residual_sites = attributed[:, used].sum(1) - change
         if settings["estimator"] == "direct":
@@ -181,12 +181,13 @@ class _Collected:
             tuple(tuple(sites[i].name for i in g) for g in groups.values()),
             tuple(tuple((sites[i].in_features, sites[i].out_features) for i in g) for g in groups.values()),
             grouped.abs().mean(0).float(),
-            gamma.float(),
+            grouped_squared.mean(0).sqrt().float(),
             grouped.float(),
             Completeness(relative[0], relative[1], scale),
             unused,
             {**settings, "examples": len(squared)},
             fingerprint(sites),
+            grouped_squared.sqrt().float(),
         )
 
 

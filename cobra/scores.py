@@ -45,6 +45,7 @@ class LayerScores:
     unused: layer -> why it has no score (never called, or no gradient reached it)
     settings: estimator, quadrature, steps, baseline, granularity, examples
     fingerprint: of the model that was calibrated (`cobra.sites.fingerprint`)
+    gradient_norms: (n, G) gradient norm of each example, fp32; None in files of releases that did not keep them
     """
 
     sites: tuple[str, ...]
@@ -57,6 +58,7 @@ class LayerScores:
     unused: dict[str, str]
     settings: dict
     fingerprint: str
+    gradient_norms: Tensor | None = None
 
     @property
     def prior(self) -> Tensor:
@@ -73,6 +75,8 @@ class LayerScores:
     def save(self, path: Path | str) -> None:
         """Writes one safetensors file, whole or not at all."""
         tensors = {"conductance": self.conductance, "gradient": self.gradient, "attributions": self.attributions}
+        if self.gradient_norms is not None:
+            tensors["gradient_norms"] = self.gradient_norms
         meta = {
             "sites": self.sites,
             "members": self.members,
@@ -106,6 +110,12 @@ class LayerScores:
             found = tuple(tensors[name].shape) if name in tensors else None
             if found is None or len(found) != len(shape) or found[-1] != groups:
                 raise storage.FormatError(f"{path}: tensor {name!r} should have shape {shape}, found {found}")
+        norms = tensors.get("gradient_norms")
+        if norms is not None and norms.shape != tensors["attributions"].shape:
+            expected = tuple(tensors["attributions"].shape)
+            raise storage.FormatError(
+                f"{path}: tensor 'gradient_norms' should have shape {expected}, found {tuple(norms.shape)}"
+            )
         return cls(
             tuple(meta["sites"]),
             tuple(map(tuple, meta["members"])),
@@ -117,6 +127,7 @@ class LayerScores:
             meta["unused"],
             meta["settings"],
             meta["fingerprint"],
+            norms,
         )
 
     def to_dataframe(self):

@@ -41,11 +41,28 @@ def test_round_trip(scores, tmp_path):
     path = tmp_path / "new" / "scores.safetensors"
     scores.save(str(path))
     found = LayerScores.load(path)
-    for name in ("conductance", "gradient", "attributions"):
+    for name in ("conductance", "gradient", "attributions", "gradient_norms"):
         assert torch.equal(getattr(found, name), getattr(scores, name))
     for name in ("sites", "members", "completeness", "unused", "settings", "fingerprint"):
         assert getattr(found, name) == getattr(scores, name), name
     assert repr(found) == repr(scores)
+
+
+def test_gradient_norms(scores):
+    """Those of single examples, whose root mean square is the gradient."""
+    assert scores.gradient_norms.shape == scores.attributions.shape
+    torch.testing.assert_close(scores.gradient_norms.square().mean(0).sqrt(), scores.gradient)
+
+
+def test_file_without_gradient_norms(file):
+    """As releases before wrote it: everything else is there."""
+    tensors, meta = storage.read_tensors(file, KIND)
+    del tensors["gradient_norms"]
+    storage.write_tensors(file, tensors, KIND, {k: v for k, v in meta.items() if k != "kind"})
+    found = LayerScores.load(file)
+    assert found.gradient_norms is None and torch.equal(found.gradient, tensors["gradient"])
+    found.save(file)
+    assert LayerScores.load(file).gradient_norms is None
 
 
 def test_dataframe(scores):
@@ -96,8 +113,9 @@ def rewrite(file, tensors=None, kind=KIND, **meta):
         (lambda f: rewrite(f, settings={"steps": 3}), "field 'settings' has an unexpected value"),
         (lambda f: rewrite(f, {"gradient": torch.ones(5)}), r"tensor 'gradient' should have shape \(2,\), found \(5,\)"),
         (lambda f: rewrite(f, {"attributions": torch.ones(2)}), "tensor 'attributions' should have shape"),
+        (lambda f: rewrite(f, {"gradient_norms": torch.ones(3, 2)}), r"'gradient_norms' should have shape \(5, 2\)"),
     ],
-    ids=["safetensors", "json", "zip", "kind", "version", "field", "members", "settings", "shape", "dimensions"],
+    ids=["safetensors", "json", "zip", "kind", "version", "field", "members", "settings", "shape", "dimensions", "norms"],
 )
 def test_foreign_file(file, spoil, message):
     """The message names the file, what it should be, and what it is."""
