@@ -29,14 +29,14 @@ class Group:
 
     index: of the group in the Philox stream, fixed at attach
     sites: the base model's sites; layers: their CobraLinears, several where modules share one weight
-    prior: logit of the prior, exact in fp32
+    prior: logit of every gate's prior, exact in fp32
     """
 
     name: str
     index: int
     sites: list[Site]
     layers: list[list[CobraLinear]]
-    prior: float
+    prior: tuple[float, ...]
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -100,8 +100,13 @@ class Adapter:
     # training
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict]:
-        """Optimizer groups: the matrices and heads at `lr`; the gate logits at lr × gate_lr_scale, never decayed."""
-        matrices = [p for group in self.groups for layers in group.layers for p in (layers[0].lora_A, layers[0].lora_B)]
+        """Optimizer groups: the matrices and heads at `lr`, lora_B at lr × lora_B_lr_scale; the gate logits at
+        lr × gate_lr_scale, never decayed."""
+        firsts = [layers[0] for group in self.groups for layers in group.layers]
+        ratio = self.config.lora_B_lr_scale
+        apart = [[p for layer in firsts for p in (layer.lora_A, layer.lora_B)], []]
+        if ratio != 1:
+            apart = [[layer.lora_A for layer in firsts], [layer.lora_B for layer in firsts]]
         gates = [group.gate for group in self.groups if group.gate is not None]
         heads = [p for head in self.heads.values() for p in head.parameters()]
         if any(p.dtype == torch.float16 for p in heads):
@@ -111,7 +116,8 @@ class Adapter:
                 stacklevel=2,
             )
         groups = [
-            {"params": matrices, "lr": lr, "weight_decay": weight_decay},
+            {"params": apart[0], "lr": lr, "weight_decay": weight_decay},
+            {"params": apart[1], "lr": lr * ratio, "weight_decay": weight_decay},
             {"params": gates, "lr": lr * self.config.gate_lr_scale, "weight_decay": 0.0},
             {"params": list(dict.fromkeys(heads)), "lr": lr, "weight_decay": weight_decay},
         ]
@@ -129,7 +135,7 @@ class Adapter:
             return torch.zeros((), device=next(self.model.parameters()).device)
         device = gated[0].gate.device  # a model may lie on several
         logits = torch.cat([distributed.whole(group.gate).to(device) for group in gated])
-        prior = torch.cat([logits.new_full((group.rank,), group.prior) for group in gated])
+        prior = logits.new_tensor([prior for group in gated for prior in group.prior])
         if self.config.kl == "concrete" and gated[0].noise is not None:
             kl = gate_kl_sampled(logits, prior, torch.cat([group.noise.to(device) for group in gated]))
         else:
@@ -163,7 +169,7 @@ class Adapter:
         """Noise and temperature of the current step, a pure function of (seed, step, group)."""
         temperature = self.config.temperature_at(self.current_step)
         noise = None
-        if self.config.gate == "concrete" and self.plan is None:
+        if self.config.samples and self.plan is None:
             noise = gate_noise(len(self.groups), self.config.r_max, seed=self.config.seed, step=self.current_step)
         for group in self.groups:
             for layer in group.all_layers:
@@ -224,7 +230,7 @@ class Adapter:
     def _gate_logits(self, group: Group) -> Tensor:
         gate = group.gate
         if gate is None:
-            return torch.full((group.rank,), group.prior, dtype=torch.float64)
+            return torch.tensor(group.prior, dtype=torch.float64)
         return distributed.whole(gate).detach().double().cpu()
 
     @contextmanager

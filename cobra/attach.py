@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 
 import torch
@@ -41,7 +42,8 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
     budget = Budget.of(config.rank_budget)
     costs = [rank_cost(budget.unit, [(s.in_features, s.out_features) for s in group]) for group in members.values()]
     allocate(list(members), [torch.ones(rank) for rank in ranks], costs, budget)  # says now what extract() would say later
-    priors = _priors(list(members), config, scores)
+    priors = _priors(members, ranks, config, scores)
+    starts = _starts(sites, config, scores)
     heads = _heads(model, config, sites)
 
     scaling = config.scaling(budget.amount / sum(costs) if budget.unit != "ranks" else budget.amount / len(members))
@@ -49,7 +51,7 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     model.requires_grad_(False)
     groups = [
-        _attach_group(model, config, index, name, group, ranks[index], priors[index], scaling)
+        _attach_group(model, config, index, name, group, priors[index], scaling, starts)
         for index, (name, group) in enumerate(members.items())
     ]
     for head in heads.values():
@@ -94,7 +96,7 @@ def attach_lora(model: nn.Module, lora: LoraAdapter) -> Adapter:
             i,
             [site],
             [_replace(model, site, CobraLinear.from_lora(site.module, layers[site.name], lora.dropout))],
-            0.0,
+            (0.0,) * layers[site.name].rank,
         )
         for i, site in enumerate(sites)
     ]
@@ -172,14 +174,60 @@ def _scored_sites(model: nn.Module, sites: list[Site], config: CobraConfig, scor
     return used
 
 
-def _priors(names: list[str], config: CobraConfig, scores: LayerScores | None) -> list[float]:
+def _priors(
+    members: dict[str, list[Site]], ranks: list[int], config: CobraConfig, scores: LayerScores | None
+) -> list[tuple[float, ...]]:
+    """Prior logits of every group's gates."""
+    opened = math.log(config.open_probability / (1 - config.open_probability))
     if scores is None:
-        return [0.0] * len(names)
+        return [(opened,) * rank for rank in ranks]
     row = {name: i for i, name in enumerate(scores.sites)}
-    rows = [row[name] for name in names]
-    pi = fuse(scores.conductance[rows], scores.gradient[rows], config.fusion)
+    rows = [row[name] for name in members]
+    if config.prior_level == "group":
+        pi = fuse(scores.conductance[rows], scores.gradient[rows], config.fusion)
+        logits = prior_logits(pi, config.gamma, config.prior_scale).repeat_interleave(torch.tensor(ranks))
+    else:
+        demand = [_directions_of(group, rank, scores) for group, rank in zip(members.values(), ranks, strict=True)]
+        phi = scores.conductance[rows].repeat_interleave(torch.tensor(ranks))
+        logits = prior_logits(fuse(phi, torch.cat(demand), config.fusion), config.gamma, config.prior_scale)
     # in fp32, the logits' own precision, so that the KL starts at exactly 0
-    return prior_logits(pi, config.gamma, config.prior_scale).float().tolist()
+    return [tuple(part.float().tolist()) for part in (logits + opened).split(ranks)]
+
+
+def _directions_of(group: list[Site], rank: int, scores: LayerScores) -> torch.Tensor:
+    """(rank,) gradient demand of each gate of a group: the root of Σ σ_k² over its layers."""
+    squares = [_directions(site.name, rank, scores).square().sum(1) for site in group]
+    return torch.stack(squares).sum(0).sqrt()
+
+
+def _directions(name: str, rank: int, scores: LayerScores) -> torch.Tensor:
+    found = scores.directions.get(name)
+    if found is None or len(found) < rank:
+        kept = 0 if found is None else len(found)
+        raise ValueError(
+            f"{name}: the scores keep {kept} gradient directions and the config needs {rank}; "
+            f"calibrate(..., directions={rank}), or lower r_max"
+        )
+    return found[:rank]
+
+
+def _starts(sites: list[Site], config: CobraConfig, scores: LayerScores | None) -> dict[str, torch.Tensor]:
+    """Layer -> directions that its lora_A starts from."""
+    if config.init == "uniform":
+        return {}
+    if scores is None:
+        raise ValueError("init='gradient' starts from a calibration: pass scores made with directions=r_max")
+    return {site.name: _directions(site.name, min(config.r_max, site.in_features, site.out_features), scores) for site in sites}
+
+
+@torch.no_grad()
+def _start_from(layer: CobraLinear, directions: torch.Tensor) -> None:
+    """lora_A's rows along the directions, at the length that rows of the uniform initialisation have; rows without a
+    direction stay as drawn."""
+    rows = directions[: layer.rank].to(layer.lora_A)
+    norms = rows.norm(dim=1, keepdim=True)
+    unit = rows / norms.clamp(min=torch.finfo(rows.dtype).tiny) * 3**-0.5
+    layer.lora_A[: len(rows)] = torch.where(norms > 0, unit, layer.lora_A[: len(rows)])
 
 
 def _heads(model: nn.Module, config: CobraConfig, sites: list[Site]) -> dict[str, nn.Module]:
@@ -212,20 +260,23 @@ def _attach_group(
     index: int,
     name: str,
     sites: list[Site],
-    rank: int,
-    prior: float,
+    prior: tuple[float, ...],
     scaling: float,
+    starts: dict[str, torch.Tensor],
 ) -> Group:
     layers: list[list[CobraLinear]] = []
     for site in sites:
         first = CobraLinear.from_linear(
             site.module,
-            rank,
+            len(prior),
             scaling=scaling,
             dropout=config.dropout,
             gate_logit=None if config.gate == "open" else prior,
             generator=_generator(config.seed, site.name),
         )
+        first.straight_through = config.gate == "straight_through"
+        if site.name in starts:
+            _start_from(first, starts[site.name])
         if layers:
             first.lora_gate = layers[0][0].lora_gate
         layers.append(_replace(model, site, first))

@@ -15,7 +15,7 @@ from cobra.batch import Batch, model_device
 from cobra.conductance import Attribution, attribute
 from cobra.config import CHOICES, TargetModules
 from cobra.entry import Baseline, find_entry
-from cobra.gradient import GradientNorms, gradient_norms
+from cobra.gradient import GradientNorms, gradient_norms, top_directions
 from cobra.linear import CobraLinear
 from cobra.path import path_rule
 from cobra.progress import Progress
@@ -41,6 +41,7 @@ def calibrate(
     progress: bool = True,
     target_modules: TargetModules = "all-linear",
     chunk_bytes: int = 1 << 30,
+    directions: int = 0,
 ) -> LayerScores:
     """Measures contribution (path-integral conductance) and gradient demand of every linear layer. The model is unchanged.
 
@@ -55,6 +56,8 @@ def calibrate(
         together where there are several, each taking an equal share from the start of its own loader
     target_modules: as in `CobraConfig`
     chunk_bytes: activation memory the path sweep may take; larger chunks are not faster on a CPU
+    directions: leading gradient directions to keep of every layer, for init="gradient" and prior_level="rank"; takes memory of
+        the target weights in fp32 while it runs
 
     Where torch.distributed is initialised, every rank calls it with a loader of its own part of the examples; all get the
     scores of all examples, those of rank 0 first.
@@ -64,6 +67,8 @@ def calibrate(
     """
     if granularity not in CHOICES["granularity"]:
         raise ValueError(f"granularity={granularity!r} is not one of {', '.join(CHOICES['granularity'])}")
+    if directions < 0:
+        raise ValueError(f"directions={directions}: expected at least 0")
     if max_examples < 1:
         raise ValueError(f"max_examples={max_examples}: expected at least 1")
     if any(isinstance(module, CobraLinear) for module in model.modules()):
@@ -78,6 +83,7 @@ def calibrate(
         "steps": steps,
         "baseline": baseline if isinstance(baseline, str) else "tensor",
         "granularity": granularity,
+        "directions": directions,
     }
     of_all = distributed.share(max_examples)
 
@@ -86,7 +92,7 @@ def calibrate(
         with frozen(model), Progress("calibrate", _examples(loader, of_all), shown=progress and not distributed.rank()) as bar:
             for index, (batch, counted) in enumerate(_batches(model, loader, of_all)):
                 entry = find_entry(model, batch, baseline)
-                norms = gradient_norms(model, sites, entry, batch, loss_of)
+                norms = gradient_norms(model, sites, entry, batch, loss_of, collected.sums if directions else None)
                 _check_losses(norms.losses, index)
                 if index == 0 and loss is None:
                     _check_default_loss(model, batch, norms.losses)
@@ -117,6 +123,7 @@ class _Collected:
     def __init__(self):
         self.squared, self.attributed, self.entry, self.change = [], [], [], []
         self.called, self.reached, self.batches = frozenset(), frozenset(), 0
+        self.sums: dict[int, Tensor] = {}
 
     @classmethod
     def of(cls, ranks: list[distributed.Results]) -> _Collected:
@@ -129,6 +136,10 @@ class _Collected:
                 raise ValueError(f"rank {index} calibrated with {found}; give every rank the same model and arguments")
             for name in ("squared", "attributed", "entry", "change"):
                 getattr(collected, name).extend([tensors[name]] if name in tensors else [])
+            for name, tensor in tensors.items():
+                if name.startswith("sum."):
+                    site = int(name.removeprefix("sum."))
+                    collected.sums[site] = collected.sums[site] + tensor if site in collected.sums else tensor
             collected.called |= frozenset(values["called"])
             collected.reached |= frozenset(values["reached"])
             collected.batches += values["batches"]
@@ -138,7 +149,8 @@ class _Collected:
         """For the other ranks; `measured`: what must be the same on all of them."""
         lists = {"squared": self.squared, "attributed": self.attributed, "entry": self.entry, "change": self.change}
         values = {"called": sorted(self.called), "reached": sorted(self.reached), "batches": self.batches}
-        return {name: torch.cat(found) for name, found in lists.items() if found}, {**values, "measured": measured}
+        tensors = {name: torch.cat(found) for name, found in lists.items() if found}
+        return tensors | {f"sum.{i}": total.cpu() for i, total in self.sums.items()}, {**values, "measured": measured}
 
     def add(self, counted: Tensor, norms: GradientNorms, attribution: Attribution) -> None:
         self.squared.append(norms.squared[counted])
@@ -188,6 +200,11 @@ class _Collected:
             {**settings, "examples": len(squared)},
             fingerprint(sites),
             grouped_squared.sqrt().float(),
+            {
+                sites[i].name: top_directions(self.sums[i] / len(squared), settings["directions"])
+                for i in used
+                if i in self.sums
+            },
         )
 
 

@@ -42,7 +42,7 @@ def adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
 def save(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, scheduler) -> None:
     """Writes the checkpoint, whole or not at all. Of several ranks each writes its own file: dropout's states differ."""
     tensors = {f"adapter.{name}": tensor for name, tensor in adapter_tensors(adapter).items()}
-    tensors["prior"] = torch.tensor([group.prior for group in adapter.groups], dtype=torch.float64)
+    tensors["prior"] = torch.tensor([p for group in adapter.groups for p in group.prior], dtype=torch.float64)
     tensors["rng"] = torch.get_rng_state()
     tensors |= {f"rng.cuda:{index}": torch.cuda.get_rng_state(index) for index in _cuda_devices(adapter)}
     meta = {
@@ -88,7 +88,8 @@ def load(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, schedu
     if adapter.plan != plan:
         raise ValueError(f"{path} is of another plan than was applied to this adapter; load it into a fresh one")
     names = [group.name for group in adapter.groups]
-    if meta["groups"] != names or len(tensors.get("prior", ())) != len(names) or "rng" not in tensors:
+    gates = [len(group.prior) for group in adapter.groups]
+    if meta["groups"] != names or len(tensors.get("prior", ())) != sum(gates) or "rng" not in tensors:
         raise storage.FormatError(
             f"{path}: {len(meta['groups'])} groups of gates, this adapter has {len(names)}, or other ones"
         )
@@ -101,8 +102,8 @@ def load(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, schedu
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(spread(tensors[f"adapter.{name}"], tensor))
-    for group, prior in zip(adapter.groups, tensors["prior"].tolist(), strict=True):
-        group.prior = prior
+    for group, prior in zip(adapter.groups, tensors["prior"].split(gates), strict=True):
+        group.prior = tuple(prior.tolist())
     adapter.move_to_step(meta["step"])
     if optimizer is not None:
         state = _optimizer_state(tensors, _decoded(meta["optimizer"]))

@@ -16,8 +16,10 @@ TargetModules = str | tuple[str, ...] | Callable[[str, nn.Module], bool]
 CHOICES = {
     "granularity": ("site", "block"),
     "fusion": ("product", "sum", "contribution", "gradient"),
-    "prior_scale": ("literal", "standardized"),
-    "gate": ("concrete", "mean", "open"),
+    "prior_scale": ("literal", "standardized", "log"),
+    "prior_level": ("group", "rank"),
+    "init": ("uniform", "gradient"),
+    "gate": ("concrete", "straight_through", "mean", "open"),
     "kl": ("bernoulli", "concrete"),
     "kl_reduction": ("sum", "mean"),
     "anneal": ("exponential", "linear"),
@@ -40,12 +42,18 @@ class CobraConfig:
     modules_to_save: modules trained whole beside the adapter; "auto" means a classification or regression head
     granularity: a group of gates is one layer ("site") or one transformer block ("block")
     fusion: how contribution and gradient make the prior
-    gamma, prior_scale: prior logit = gamma (pi - mean pi); "standardized" divides the difference by its spread
+    gamma, prior_scale: prior logit = gamma (pi - mean pi); "standardized" divides the difference by its spread; "log" takes
+        log pi in the place of pi
+    prior_level: gates of a "group" share one prior, or every "rank" has its own: the gradient's k-th singular value in the
+        place of its norm (needs scores with directions)
+    open_probability: of every gate where the prior is at its mean
+    init: rows of lora_A "uniform" (kaiming), or along the leading directions of the calibration's "gradient"
     beta, kl, kl_reduction: the KL term; "bernoulli" is the closed form, "concrete" a one-sample estimate
     temperature, anneal: first and last temperature of the relaxation, and the way between
-    gate: "concrete" (noise once per optimizer step), "mean" (sigmoid of the logit, no noise), "open" (plain LoRA)
+    gate: "concrete" (noise once per optimizer step), "straight_through" (the same, rounded to 0 or 1 in the forward), "mean"
+        (sigmoid of the logit, no noise), "open" (plain LoRA)
     fold: the factor a kept rank carries after the cut: 1, or its mean gate
-    gate_lr_scale: learning rate of the gate logits over that of the matrices
+    gate_lr_scale, lora_B_lr_scale: learning rates of the gate logits and of lora_B over that of lora_A
     dropout: on the adapter branch's input
     seed: of lora_A's initialisation and of every gate
     """
@@ -60,6 +68,9 @@ class CobraConfig:
     fusion: str = "product"
     gamma: float = 5.0
     prior_scale: str = "literal"
+    prior_level: str = "group"
+    open_probability: float = 0.5
+    init: str = "uniform"
     beta: float = 0.01
     kl: str = "bernoulli"
     kl_reduction: str = "sum"
@@ -68,6 +79,7 @@ class CobraConfig:
     gate: str = "concrete"
     fold: str = "one"
     gate_lr_scale: float = 1.0
+    lora_B_lr_scale: float = 1.0
     dropout: float = 0.0
     seed: int = 0
 
@@ -90,6 +102,8 @@ class CobraConfig:
         _require(self.alpha is None or self.alpha > 0, f"alpha={self.alpha!r}", "greater than 0, or None")
         _require(self.beta >= 0, f"beta={self.beta!r}", "at least 0")
         _require(self.gate_lr_scale >= 0, f"gate_lr_scale={self.gate_lr_scale!r}", "at least 0")
+        _require(self.lora_B_lr_scale > 0, f"lora_B_lr_scale={self.lora_B_lr_scale!r}", "greater than 0")
+        _require(0 < self.open_probability < 1, f"open_probability={self.open_probability!r}", "between 0 and 1")
         pair = isinstance(self.temperature, tuple) and len(self.temperature) == 2
         _require(pair, f"temperature={self.temperature!r}", "(first, last)")
         _require(math.isfinite(self.gamma), f"gamma={self.gamma!r}", "a finite number")
@@ -100,10 +114,15 @@ class CobraConfig:
             f"total_steps={self.total_steps!r}",
             "an integer greater than 0",
         )
-        if self.gate == "concrete" and self.total_steps is None:
+        if self.samples and self.total_steps is None:
             raise ValueError(
-                "gate='concrete' anneals its temperature: pass total_steps, the number of optimizer steps of the search"
+                f"gate={self.gate!r} anneals its temperature: pass total_steps, the number of optimizer steps of the search"
             )
+
+    @property
+    def samples(self) -> bool:
+        """Whether gates are drawn with noise."""
+        return self.gate in ("concrete", "straight_through")
 
     def temperature_at(self, step: int) -> float:
         """The temperature of an optimizer step, from the first to the last over `total_steps`."""

@@ -39,22 +39,27 @@ class GradientNorms:
     row_bytes: int
 
 
-def gradient_norms(model: nn.Module, sites: Sequence[Site], entry: Entry, batch: Batch, loss: Loss) -> GradientNorms:
+def gradient_norms(
+    model: nn.Module, sites: Sequence[Site], entry: Entry, batch: Batch, loss: Loss, sums: dict[int, Tensor] | None = None
+) -> GradientNorms:
     """Per-example gradient norms of one batch; the model must be frozen (`cobra.watch.frozen`).
 
     loss: (outputs, batch) -> (batch,)
+    sums: site index -> (N, K) fp32, to which the batch's summed gradient ∇_W Σ L is added
     """
     try:
-        return _batched(model, sites, entry, batch, loss)
+        return _batched(model, sites, entry, batch, loss, sums)
     except _UsedOnSharedInput:
-        return _joined([_batched(model, sites, entry, batch.rows(i, i + 1), loss) for i in range(batch.size)])
+        return _joined([_batched(model, sites, entry, batch.rows(i, i + 1), loss, sums) for i in range(batch.size)])
 
 
 class _UsedOnSharedInput(Exception):
     """A site works on what all examples share (relative positions): its gradient cannot be told apart in a batch."""
 
 
-def _batched(model: nn.Module, sites: Sequence[Site], entry: Entry, batch: Batch, loss: Loss) -> GradientNorms:
+def _batched(
+    model: nn.Module, sites: Sequence[Site], entry: Entry, batch: Batch, loss: Loss, sums: dict[int, Tensor] | None
+) -> GradientNorms:
     copy = writes_in_place(model)
     calls: dict[int, int] = {}
     arrived: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -73,6 +78,8 @@ def _batched(model: nn.Module, sites: Sequence[Site], entry: Entry, batch: Batch
         def arrive(grad: Tensor) -> None:
             pair = per_example(snapshot.take(), batch.size, name), per_example(grad.detach(), batch.size, name)
             arrived.setdefault(index, []).append(pair)
+            if sums is not None:
+                _add_gradient(sums, index, *pair)
             if len(arrived[index]) == calls[index]:
                 squared[:, index] = _joined_norm(arrived.pop(index)).cpu().double()
                 reached.add(index)
@@ -95,6 +102,28 @@ def _batched(model: nn.Module, sites: Sequence[Site], entry: Entry, batch: Batch
         squared[:, index] = _joined_norm(pairs).cpu().double()
         reached.add(index)
     return GradientNorms(squared, losses.detach(), frozenset(calls), frozenset(reached), saved.total // batch.size)
+
+
+def _add_gradient(sums: dict[int, Tensor], index: int, x: Tensor, grad: Tensor) -> None:
+    x, grad = x.flatten(0, 1).float(), grad.flatten(0, 1).float()
+    if index not in sums:
+        sums[index] = torch.zeros(grad.shape[1], x.shape[1], device=x.device)
+    sums[index].addmm_(grad.t(), x)
+
+
+def top_directions(gradient: Tensor, count: int) -> Tensor:
+    """Where in a layer's input a low-rank update helps most: the gradient's leading right singular vectors, each times its
+    singular value. To first order lora_A = these rows is the best start there is (LoRA-GA, Wang et al. 2024).
+
+    gradient: (N, K) -> (min(count, N, K), K) fp32, the strongest first, each row's largest element positive
+    """
+    G = gradient.double()
+    N, K = G.shape
+    values, vectors = torch.linalg.eigh(G @ G.t() if N < K else G.t() @ G)
+    leading = vectors[:, values.argsort(descending=True)[:count]]
+    rows = leading.t() @ G if N < K else values.clamp(min=0).sqrt().sort(descending=True).values[:count, None] * leading.t()
+    peak = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+    return (rows * torch.where(peak < 0, -1.0, 1.0)).float()
 
 
 def _joined(parts: list[GradientNorms]) -> GradientNorms:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,7 @@ class CobraLinear(nn.Linear):
         self.transposed = transposed
         self.out_features, self.in_features = self.linear_weight.shape
         self.scaling, self.dropout = scaling, dropout
+        self.straight_through = False  # gates are rounded in the forward, and their gradient is the sample's
         self.cut: tuple[Tensor, Tensor] | None = None
         self.adapter: Adapter | None = None  # the handle this layer belongs to
         # nn.TransformerEncoderLayer's fast path reads weights and calls no module, unless one of them has a hook
@@ -55,13 +56,13 @@ class CobraLinear(nn.Linear):
         *,
         scaling: float = 1.0,
         dropout: float = 0.0,
-        gate_logit: float | None = None,
+        gate_logit: float | Sequence[float] | None = None,
         generator: torch.Generator | None = None,
     ) -> CobraLinear:
         """The adapted form of an nn.Linear or Conv1D; its output is the base layer's until lora_B moves from 0.
 
         rank: gates, at most min(K, N)
-        gate_logit: initial logit of every gate; None for no gates
+        gate_logit: initial logit of every gate, or of each; None for no gates
         generator: of lora_A's initialisation, on the CPU
         """
         weight = linear_weight(linear)
@@ -77,7 +78,8 @@ class CobraLinear(nn.Linear):
         layer.lora_B = nn.Parameter(torch.zeros(N, rank, dtype=dtype, device=weight.device))
         layer.lora_gate = None
         if gate_logit is not None:
-            layer.lora_gate = nn.Parameter(torch.full((rank,), gate_logit, dtype=dtype, device=weight.device))
+            logits = torch.tensor(gate_logit, dtype=dtype, device=weight.device)
+            layer.lora_gate = nn.Parameter(logits.expand(rank).clone())
         layer._add_gate_buffers()
         return layer
 
@@ -97,6 +99,7 @@ class CobraLinear(nn.Linear):
         """The adapted form of a module that computes with the same weight as `other`: one adapter, two biases."""
         layer = cls(linear.weight, linear.bias, transposed=is_conv1d(linear), scaling=other.scaling, dropout=other.dropout)
         layer.lora_A, layer.lora_B, layer.lora_gate = other.lora_A, other.lora_B, other.lora_gate
+        layer.straight_through = other.straight_through
         layer._add_gate_buffers()
         return layer
 
@@ -124,7 +127,8 @@ class CobraLinear(nn.Linear):
         if self.lora_gate is None:
             return None
         if self.training and self.gate_noise is not None:
-            return concrete_gates(self.lora_gate, self.gate_noise, self.gate_temperature)
+            z = concrete_gates(self.lora_gate, self.gate_noise, self.gate_temperature)
+            return z + ((z > 0.5).to(z.dtype) - z).detach() if self.straight_through else z
         return torch.sigmoid(self.lora_gate)
 
     def branch(self) -> tuple[Tensor, Tensor, Tensor | None]:

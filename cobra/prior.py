@@ -38,14 +38,17 @@ def prior_logits(pi: Tensor, gamma: float, scale: str = "literal") -> Tensor:
     """logit rho of every group.
 
     pi: (G,)
-    scale: "literal", or "standardized" (differences over their standard deviation)
+    scale: "literal", "standardized" (differences over their standard deviation), or "log" (differences of log pi)
 
     out: (G,) fp64
     """
-    centred = pi.double() - pi.double().mean()
+    values = pi.double()
+    if scale == "log":
+        values = values.clamp(min=values[values > 0].min()).log()  # a group of no weight counts as the least one
+    centred = values - values.mean()
     if scale == "standardized":
         spread = centred.square().mean().sqrt()
-        centred = centred / spread if spread > 1e-9 * pi.abs().max() else centred  # equal groups differ by rounding only
+        centred = centred / spread if spread > 1e-9 * values.abs().max() else centred  # equal groups differ by rounding only
     return gamma * centred
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from cobra import storage
 from cobra.prior import fuse
 
 KIND = "layer scores"
+DIRECTIONS = "directions."  # begins the names of these tensors in a file
 _SETTINGS = ("estimator", "quadrature", "steps", "baseline", "granularity", "examples")
 
 
@@ -46,6 +47,8 @@ class LayerScores:
     settings: estimator, quadrature, steps, baseline, granularity, examples
     fingerprint: of the model that was calibrated (`cobra.sites.fingerprint`)
     gradient_norms: (n, G) gradient norm of each example, fp32; None in files of releases that did not keep them
+    directions: layer -> (q, K), the mean gradient's q leading right singular vectors times their singular values, strongest
+        first; empty where the calibration kept none
     """
 
     sites: tuple[str, ...]
@@ -59,6 +62,7 @@ class LayerScores:
     settings: dict
     fingerprint: str
     gradient_norms: Tensor | None = None
+    directions: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def prior(self) -> Tensor:
@@ -77,6 +81,7 @@ class LayerScores:
         tensors = {"conductance": self.conductance, "gradient": self.gradient, "attributions": self.attributions}
         if self.gradient_norms is not None:
             tensors["gradient_norms"] = self.gradient_norms
+        tensors |= {f"{DIRECTIONS}{name}": rows for name, rows in self.directions.items()}
         meta = {
             "sites": self.sites,
             "members": self.members,
@@ -128,6 +133,7 @@ class LayerScores:
             meta["settings"],
             meta["fingerprint"],
             norms,
+            _directions(path, tensors, meta),
         )
 
     def to_dataframe(self):
@@ -149,3 +155,18 @@ class LayerScores:
             f"LayerScores({len(self.sites)} {s['granularity']}s, {s['estimator']} over {s['steps']} {s['quadrature']} points, "
             f"{s['examples']} examples, correlation {self.correlation:.2f}, path residual {self.completeness.path:.1%})"
         )
+
+
+def _directions(path: Path | str, tensors: dict[str, Tensor], meta: dict) -> dict[str, Tensor]:
+    """The directions in a file, each checked against its layer's features."""
+    found = {name.removeprefix(DIRECTIONS): rows for name, rows in tensors.items() if name.startswith(DIRECTIONS)}
+    features: dict[str, int] = {}
+    for members, shapes in zip(meta["members"], meta["shapes"], strict=True):
+        features |= {name: shape[0] for name, shape in zip(members, shapes, strict=True)}
+    for name, rows in found.items():
+        if rows.ndim != 2 or rows.shape[1] != features.get(name):
+            expected = f"(q, {features[name]})" if name in features else "no such layer"
+            raise storage.FormatError(
+                f"{path}: tensor {DIRECTIONS + name!r} has shape {tuple(rows.shape)}, expected {expected}"
+            )
+    return found

@@ -21,15 +21,25 @@ class MeanPoolClassifier(BertPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T) ids and mask -> (B, d) mean of the last hidden states"""
-        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def features(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """(B, T) ids, mask and segments -> (B, d) mean of the last hidden states"""
+        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).last_hidden_state
         mask = attention_mask[..., None].to(hidden.dtype)
         return (hidden * mask).sum(1) / mask.sum(1)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
-        logits = self.classifier(self.features(input_ids, attention_mask))
-        return SequenceClassifierOutput(None if labels is None else F.cross_entropy(logits, labels), logits)
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> SequenceClassifierOutput:
+        """Cross entropy of integer labels, mean squared error of real ones."""
+        logits = self.classifier(self.features(input_ids, attention_mask, token_type_ids))
+        if labels is None:
+            return SequenceClassifierOutput(None, logits)
+        loss = F.mse_loss(logits[:, 0].float(), labels) if labels.is_floating_point() else F.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss, logits)
 
 
 def load_encoder() -> tuple[MeanPoolClassifier, PreTrainedTokenizerBase]:

@@ -185,7 +185,7 @@ class CobraCallback(TrainerCallback):
         gates = [(g.gate, g.prior) for g in self.adapter.groups if g.gate is not None]
         if gates and not self._hooks.kl_added and self.adapter.config.beta:
             warnings.warn("the KL never arrived at the gates: they are frozen, or no step was taken", stacklevel=3)
-        if gates and all(bool((gate == torch.tensor(prior).to(gate)).all()) for gate, prior in gates):
+        if gates and all(bool((gate == gate.new_tensor(prior)).all()) for gate, prior in gates):
             warnings.warn(
                 f"the gates never moved in {self._hooks.taken} steps: the prior alone decides the ranks; check gate_lr_scale, "
                 "and that the optimizer holds the gate logits",
@@ -291,7 +291,7 @@ def _gate_metrics(adapter: Adapter) -> dict[str, float]:
         "layers_at_budget": sum(rank > 0 for rank in ranks),
         "max_rank_at_budget": max(ranks, default=0),
     }
-    if adapter.config.gate == "concrete" and adapter.plan is None:
+    if adapter.config.samples and adapter.plan is None:
         values["temperature"] = adapter.config.temperature_at(adapter.current_step)
     gates = [group.gate.detach().double().cpu() for group in adapter.groups if group.gate is not None]
     if not gates:

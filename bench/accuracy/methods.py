@@ -1,0 +1,207 @@
+"""The methods, each as: what is trained, what every step adds, and what remains at the end.
+
+peft     lora, rslora, dora, loraplus, adalora, eva
+COBRA    cobra (defaults, or whatever the recipe's settings say), paper (the published form), plan (ranks from the scores
+         alone, then plain LoRA), uniform and random (the same training without scores)
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import peft
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+import cobra
+from bench.accuracy.recipe import Recipe
+from cobra.plan import RankPlan
+from cobra.sites import Site, find_sites
+
+SCALING = 2.0
+HEAD = "classifier"
+PEFT = ("lora", "rslora", "dora", "loraplus", "adalora", "eva")
+COBRA = ("cobra", "paper", "plan", "uniform", "random")
+METHODS = PEFT + COBRA
+CUT = 0.4  # of the steps, after which the gates are cut where a recipe does not say
+
+
+def _nothing(step: int) -> None:
+    pass
+
+
+@dataclass
+class Attached:
+    """A model ready to train.
+
+    penalty: added to the loss of every step
+    after_step: called after every optimizer step with the number of steps done
+    ranks: of every linear layer at the end; parameters: of the matrices that remain
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    ranks: Callable[[], dict[str, int]]
+    parameters: Callable[[], int]
+    penalty: Callable[[], Tensor | float] = lambda: 0.0
+    after_step: Callable[[int], None] = _nothing
+
+
+def attach(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None, batches: Callable[[], Sequence]) -> Attached:
+    """Puts the recipe's method on the model.
+
+    scores: of the calibration, where the method needs them; batches: training batches, for methods that initialise from data
+    """
+    if recipe.method in PEFT:
+        return _peft(recipe, model, batches)
+    if recipe.method in COBRA:
+        return _cobra(recipe, model, scores)
+    raise ValueError(f"method={recipe.method!r} is not one of {', '.join(METHODS)}")
+
+
+def needs_scores(recipe: Recipe) -> bool:
+    return recipe.method in ("cobra", "paper", "plan") and recipe.options.get("scores", True)
+
+
+def budget_parameters(sites: Sequence[Site], average_rank: float) -> int:
+    """Parameters of a LoRA of this rank on every site."""
+    return round(average_rank * sum(site.in_features + site.out_features for site in sites))
+
+
+def _peft(recipe: Recipe, model: nn.Module, batches: Callable[[], Sequence]) -> Attached:
+    sites = find_sites(model)
+    shapes = {site.name: site.in_features + site.out_features for site in sites}
+    rank, options = int(recipe.average_rank), recipe.options
+    common = {"target_modules": list(shapes), "modules_to_save": [HEAD], "lora_alpha": SCALING * rank}
+    if recipe.method == "adalora":
+        return _adalora(recipe, model, shapes, common)
+    extra = {"rslora": {"use_rslora": True}, "dora": {"use_dora": True}}.get(recipe.method, {})
+    if recipe.method == "rslora":
+        common["lora_alpha"] = 2 * rank**0.5 * options.get("alpha_scale", 1.0)
+    if recipe.method == "eva":
+        extra = {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=2.0)}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=rank, **common, **extra))
+    if recipe.method == "eva":
+        peft.initialize_lora_eva_weights(wrapped, [{k: v for k, v in b.items() if k != "labels"} for b in batches()])
+    optimizer = _peft_optimizer(wrapped, recipe.lr, options.get("lr_ratio", 16.0) if recipe.method == "loraplus" else 1.0)
+
+    def ranks() -> dict[str, int]:
+        found = wrapped.get_base_model().named_modules()
+        return {name: module.r["default"] for name, module in found if name in shapes and hasattr(module, "r")}
+
+    def parameters() -> int:
+        return sum(p.numel() for name, p in wrapped.named_parameters() if "lora_" in name)
+
+    return Attached(wrapped, optimizer, ranks, parameters)
+
+
+def _peft_optimizer(model: nn.Module, lr: float, ratio: float = 1.0) -> Optimizer:
+    """AdamW without decay; lora_B at ratio × lr (LoRA+, Hayou et al. 2024)."""
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in trained if "lora_B" not in n], "lr": lr},
+        {"params": [p for n, p in trained if "lora_B" in n], "lr": lr * ratio},
+    ]
+    return AdamW(groups, lr, weight_decay=0.0, fused=True)
+
+
+def _adalora(recipe: Recipe, model: nn.Module, shapes: dict[str, int], common: dict) -> Attached:
+    """peft's AdaLoRA with its own schedule: initial rank 1.5 × the target, pruned between 10 % and 60 % of the steps.
+
+    Its budget is in ranks; at the last pruning it is lowered until the parameters fit, so that all methods have equal ones.
+    """
+    rank, steps = int(recipe.average_rank), recipe.steps
+    first, last = max(1, round(0.1 * steps)), round(0.4 * steps)
+    config = peft.AdaLoraConfig(
+        init_r=max(rank + 1, round(1.5 * rank)),
+        target_r=rank,
+        tinit=first,
+        tfinal=last,
+        deltaT=max(1, steps // 100),
+        total_step=steps,
+        orth_reg_weight=recipe.options.get("orth_reg_weight", 0.5),
+        **{**common, "lora_alpha": SCALING * max(rank + 1, round(1.5 * rank))},
+    )
+    wrapped = peft.get_peft_model(model, config)
+    tuner, allowed = wrapped.base_model, round(recipe.average_rank * sum(shapes.values()))
+    optimizer = _peft_optimizer(wrapped, recipe.lr)
+
+    def kept() -> dict[str, int]:
+        modules = {n: m for n, m in tuner.model.named_modules() if n in shapes}
+        return {name: int((module.lora_E["default"] != 0).sum()) for name, module in modules.items()}
+
+    def cost() -> int:
+        return sum(rank * shapes[name] for name, rank in kept().items())
+
+    def after_step(step: int) -> None:
+        # counted from 0, as peft's schedule does; gradients must still be there
+        allocator = tuner.rankallocator
+        if step - 1 == steps - last:
+            allocator.update_ipt(tuner.model)
+            allocator.mask_to_budget(tuner.model, allocator.target_bgt)
+            while cost() > allowed:
+                allocator.target_bgt -= 1
+                allocator.mask_to_budget(tuner.model, allocator.target_bgt)
+            allocator.update_ipt = lambda model: None  # this step's scores are in; once is enough
+        tuner.update_and_allocate(step - 1)
+
+    return Attached(wrapped, optimizer, kept, cost, after_step=after_step)
+
+
+def _cobra(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None) -> Attached:
+    options = recipe.options
+    sites = [s for s in find_sites(model) if scores is None or s.name not in scores.unused]
+    budget = cobra.Budget(budget_parameters(sites, recipe.average_rank), "parameters")
+    if recipe.method in ("uniform", "random", "plan"):
+        return _fixed(recipe, model, scores, budget)
+    cut = round(options.pop("cut", CUT) * recipe.steps)
+    multiple = options.pop("r_max_multiple", 2)
+    options.pop("scores", None)
+    options = {"r_max": max(1, round(multiple * recipe.average_rank)), "total_steps": cut, "seed": recipe.seed, **options}
+    config = cobra.CobraConfig(rank_budget=budget, **options)
+    adapter = cobra.attach(model, config, scores)
+    optimizer = AdamW(adapter.parameter_groups(recipe.lr), fused=True)
+
+    def after_step(step: int) -> None:
+        optimizer.zero_grad()
+        if step == cut:
+            adapter.apply(adapter.extract(), optimizer)
+        adapter.step()
+
+    def ranks() -> dict[str, int]:
+        return (adapter.plan or adapter.extract()).ranks
+
+    return Attached(model, optimizer, ranks, adapter.trainable_parameters, adapter.kl_loss, after_step)
+
+
+def _fixed(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None, budget: cobra.Budget) -> Attached:
+    """Ranks decided before training, then COBRA's plain LoRA."""
+    options = recipe.options
+    fusion = options.pop("fusion", "product")
+    largest = int(recipe.average_rank) if recipe.method == "uniform" else max(4, round(4 * recipe.average_rank))
+    config = cobra.CobraConfig(rank_budget=budget, r_max=largest, gate="open", seed=recipe.seed, **options)
+    adapter = cobra.attach(model, config, scores)
+    plan = adapter.extract()
+    if recipe.method == "plan":
+        plan = _with_ranks(plan, cobra.plan_ranks(scores, budget, r_max=largest, fusion=fusion).ranks)
+    elif recipe.method == "random":
+        plan = _with_ranks(plan, _random_ranks(plan, budget.amount, largest, recipe.seed))
+    adapter.apply(plan)
+    optimizer = AdamW(adapter.parameter_groups(recipe.lr), fused=True)
+    return Attached(model, optimizer, lambda: plan.ranks, adapter.trainable_parameters, after_step=lambda step: adapter.step())
+
+
+def _with_ranks(plan: RankPlan, ranks: dict[str, int]) -> RankPlan:
+    return replace(plan, sites=tuple(replace(s, kept=tuple(range(ranks[s.members[0]]))) for s in plan.sites))
+
+
+def _random_ranks(plan: RankPlan, amount: int, largest: int, seed: int) -> dict[str, int]:
+    """Ranks dealt one by one to random layers until none fits."""
+    drawn, ranks = random.Random(seed), {site.name: 0 for site in plan.sites}
+    cost, left = {site.name: site.cost for site in plan.sites}, amount
+    while open_sites := [n for n in ranks if ranks[n] < largest and cost[n] <= left]:
+        name = drawn.choice(open_sites)
+        ranks[name], left = ranks[name] + 1, left - cost[name]
+    return ranks

@@ -1,0 +1,66 @@
+"""Everything that decides one run, and the key under which its row is stored."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+
+PHASES = ("search", "factor", "final")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run. Two recipes with equal values have one key, and one row.
+
+    phase: "search" (learning rates) and "factor" (one factor at a time) are judged on the validation split; only "final" runs
+        see the test split
+    method: a name of `bench.accuracy.methods`
+    average_rank: the budget is that of a LoRA of this rank on every linear layer, in parameters
+    lr: of matrices and head; linear warmup over `warmup` of the steps, then linear decay
+    examples: drawn from the task's pool by the seed; `calibration_examples` are the first of them
+    noise: share of the training labels replaced by another class at random
+    settings: of the method, by name; for those of COBRA fields of CobraConfig, and those of `CobraSettings`
+    """
+
+    phase: str
+    task: str
+    method: str
+    average_rank: float
+    lr: float
+    seed: int
+    model: str = "minilm"
+    examples: int = 2000
+    steps: int = 200
+    batch_size: int = 16
+    max_length: int = 64
+    warmup: float = 0.06
+    noise: float = 0.0
+    precision: str = "bf16"
+    calibration_examples: int = 64
+    path_points: int = 10
+    estimator: str = "paper"
+    settings: tuple[tuple[str, object], ...] = ()
+
+    def __post_init__(self):
+        if self.phase not in PHASES:
+            raise ValueError(f"phase={self.phase!r} is not one of {', '.join(PHASES)}")
+        object.__setattr__(self, "settings", tuple(sorted(dict(self.settings).items())))
+
+    @property
+    def options(self) -> dict:
+        return dict(self.settings)
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON; settings by name."""
+        return {**dataclasses.asdict(self), "settings": dict(self.settings)}
+
+    @property
+    def key(self) -> str:
+        """16 hex digits of the canonical JSON."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def with_settings(self, **settings: object) -> Recipe:
+        """The same run with these settings of the method changed."""
+        return dataclasses.replace(self, settings=tuple({**self.options, **settings}.items()))
