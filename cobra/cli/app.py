@@ -159,6 +159,54 @@ def report(
 
 
 @app.command()
+def diagnose(
+    model: Annotated[
+        str, typer.Argument(help="A transformers folder, minilm or smollm2; with --random-init also a model type such as bert.")
+    ],
+    data: Annotated[str, typer.Argument(help="A CSV, TSV or JSONL file, reviews, or random-images.")],
+    out: Annotated[Path, typer.Option(help="Folder for the JSON, the CSV and the figures.")] = Path("runs/diagnosis"),
+    random_init: Annotated[bool, typer.Option("--random-init", help="Random weights of this configuration.")] = False,
+    granularity: Annotated[str, typer.Option(help="site (every linear layer) or block (every transformer block).")] = "site",
+    examples: Annotated[int, typer.Option(min=2, help="In each calibration.")] = 64,
+    steps: Annotated[int, typer.Option(min=2, help="Points of the path.")] = 50,
+    draws: Annotated[int, typer.Option(min=1, help="Calibrations on disjoint examples.")] = 3,
+    baseline: Annotated[str, typer.Option(help="Where the path starts: zero, mean or pad embeddings.")] = "zero",
+    estimator: Annotated[str, typer.Option(help="paper, conductance or direct.")] = "paper",
+    text: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    label: Annotated[str, typer.Option(help="Column of the labels; a causal language model needs none.")] = "label",
+    batch_size: Annotated[int, typer.Option(min=1, help="Of the calibration.")] = 8,
+    longest: Annotated[int, typer.Option(min=2, help="Tokens of a text; the rest is cut.")] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws, random weights and the bootstrap.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Where a model's gradient and contribution disagree, and how far examples and path points decide it."""
+    try:
+        from cobra.cli.diagnose import DiagnosisSettings, run_diagnosis
+    except ModuleNotFoundError as error:
+        typer.echo(f"error: the diagnosis needs {error.name}: pip install 'cobra-peft[hf,plots,cli]'", err=True)
+        raise typer.Exit(2) from error
+    with _explained():
+        settings = DiagnosisSettings(
+            model=model,
+            data=data,
+            random_init=random_init,
+            text=text,
+            label=label,
+            granularity=granularity,
+            examples=examples,
+            steps=steps,
+            draws=draws,
+            baseline=baseline,
+            estimator=estimator,
+            batch_size=batch_size,
+            longest=longest,
+            seed=seed,
+        )
+        found = run_diagnosis(settings, out)
+    typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else f"{found.table()}\n{out}")
+
+
+@app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
     """What is installed, what is active, and why not."""
     from cobra.cli.environment import describe

@@ -1,0 +1,91 @@
+"""Labelled texts from a CSV, TSV or JSONL file, or the demo's reviews; every row checked before a model is loaded."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+NAMED_DATA = ("reviews", "random-images")
+SUFFIXES = (".csv", ".tsv", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Example:
+    """label: as it stands in the file; None where the file's labels are not wanted"""
+
+    text: str
+    label: str | None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """label None: texts alone, for language models"""
+
+    text: str = "text"
+    label: str | None = "label"
+
+
+def read_examples(data: str, columns: Columns, seed: int = 0) -> list[Example]:
+    """All rows of a file, or the demo's training reviews shuffled by `seed`.
+
+    Raises FileNotFoundError, and ValueError naming the row for unknown columns, rows without text or label, and no rows.
+    """
+    if data == "reviews":
+        from cobra.cli.reviews import load_reviews
+
+        return [Example(r.text, str(r.label)) for r in load_reviews(seed)[0]]
+    path = Path(data)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{data}: expected a file ending in {', '.join(SUFFIXES)}, or one of {', '.join(NAMED_DATA)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{data}: no such file")
+    examples = [_example(path, number, row, columns) for number, row in _rows(path)]
+    if not examples:
+        raise ValueError(f"{data} has no rows")
+    return examples
+
+
+def as_numbers(labels: list[str]) -> list[float] | None:
+    """Labels as numbers, None where one is not."""
+    try:
+        numbers = [float(label) for label in labels]
+    except ValueError:
+        return None
+    return numbers if all(map(math.isfinite, numbers)) else None
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """(row's number from 1, row)"""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            if path.suffix.lower() == ".jsonl":
+                yield from ((i, json.loads(line)) for i, line in enumerate(f, 1) if line.strip())
+                return
+            tabs = path.suffix.lower() == ".tsv"
+            quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL  # as published TSV sets are written
+            yield from enumerate(csv.DictReader(f, delimiter="\t" if tabs else ",", quoting=quoting), 1)
+    except (csv.Error, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a {path.suffix[1:].upper()} file in UTF-8: {error}") from error
+
+
+def _example(path: Path, number: int, row: object, columns: Columns) -> Example:
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}, row {number}: expected an object with columns, found {str(row)[:40]}")
+    wanted = [column for column in (columns.text, columns.label) if column is not None]
+    for column in wanted:
+        if column not in row:
+            known = ", ".join(str(key) for key in row if key is not None)
+            raise ValueError(f"{path} has no column {column!r}; it has {known}. Name others with --text and --label")
+    values = [_cell(row[column]) for column in wanted]
+    for column, value in zip(wanted, values, strict=True):
+        if not value or (column == columns.label and value.lower() in ("nan", "null", "none", "inf", "-inf")):
+            raise ValueError(f"{path}, row {number}: column {column!r} is {value or 'empty'}; fill it or drop the row")
+    return Example(values[0], values[1] if columns.label is not None else None)
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else str(value).strip()
