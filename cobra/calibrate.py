@@ -83,8 +83,7 @@ def calibrate(
         "steps": steps,
         "baseline": baseline if isinstance(baseline, str) else "tensor",
         "granularity": granularity,
-        "directions": directions,
-    }
+    } | ({"directions": directions} if directions else {})
     of_all = distributed.share(max_examples)
 
     def measure() -> distributed.Results:

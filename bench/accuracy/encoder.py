@@ -34,11 +34,8 @@ class Encoded:
         encoded = tokenizer([e.text for e in examples], second, truncation=True, max_length=max_length)
         names = ("input_ids", "token_type_ids") if pairs else ("input_ids",)
         dtype = torch.float32 if kind == "regression" else torch.long
-        return cls(
-            {name: encoded[name] for name in names},
-            torch.tensor([e.label for e in examples], dtype=dtype),
-            tokenizer.pad_token_id,
-        )
+        labels = torch.tensor([e.label for e in examples], dtype=dtype)
+        return cls({name: encoded[name] for name in names}, labels, tokenizer.pad_token_id)
 
     def __len__(self) -> int:
         return len(self.labels)
