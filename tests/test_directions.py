@@ -1,0 +1,100 @@
+"""Gradient directions: what a calibration keeps of every layer's mean gradient, and what an adapter makes of it."""
+
+import math
+
+import pytest
+import torch
+from models import Mlp, attached, image_batch, layers_of, mlp_batch, vit
+
+import cobra
+from cobra.gradient import top_directions
+from cobra.prior import fuse
+from cobra.sites import find_sites
+
+pytestmark = pytest.mark.filterwarnings("ignore:the path integral misses")
+
+
+def scored(model, batches, directions=4, **options) -> cobra.LayerScores:
+    return cobra.calibrate(model, batches, steps=3, progress=False, directions=directions, **options)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (1, 6), (6, 1), (6, 6)])
+def test_top_directions_are_the_svd(shape):
+    G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    _, values, rows = torch.linalg.svd(G.double(), full_matrices=False)
+    found = top_directions(G, 3).double()
+    assert found.shape == (min(3, *shape), shape[1])
+    torch.testing.assert_close(found.norm(dim=1), values[: len(found)], rtol=1e-5, atol=1e-6)
+    cosines = torch.nn.functional.cosine_similarity(found, rows[: len(found)]).abs()
+    torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=1e-5, atol=0)
+
+
+def test_directions_are_of_the_mean_gradient():
+    """Over batches of different sizes, against autograd with weights that train."""
+    model, batches = Mlp(), [mlp_batch(5), mlp_batch(3)]
+    scores = scored(model, batches)
+    loss = sum(torch.nn.functional.cross_entropy(model(x), y, reduction="sum") for x, y in batches) / 8
+    for site in find_sites(model):
+        if site.name in scores.directions:
+            (gradient,) = torch.autograd.grad(loss, site.weight, retain_graph=True)
+            torch.testing.assert_close(scores.directions[site.name], top_directions(gradient, 4), rtol=1e-3, atol=1e-6)
+    assert scores.directions
+
+
+def test_directions_survive_the_file_and_are_checked(tmp_path):
+    scores = scored(Mlp(), [mlp_batch()])
+    scores.save(tmp_path / "scores.safetensors")
+    loaded = cobra.LayerScores.load(tmp_path / "scores.safetensors")
+    assert loaded.directions.keys() == scores.directions.keys()
+    assert all(torch.equal(loaded.directions[name], rows) for name, rows in scores.directions.items())
+    name = next(iter(scores.directions))
+    scores.directions[name] = scores.directions[name][:, 1:]
+    scores.save(tmp_path / "scores.safetensors")
+    with pytest.raises(cobra.FormatError, match=f"directions.{name}"):
+        cobra.LayerScores.load(tmp_path / "scores.safetensors")
+
+
+def test_adapters_start_along_the_directions():
+    """lora_A spans the gradient's leading input directions, at the length its rows always have."""
+    model = vit()
+    scores = scored(model, [image_batch()])
+    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=12, r_max=4, gate="open", init="gradient"), scores)
+    for group, layer in zip(adapter.groups, layers_of(adapter), strict=True):
+        rows = scores.directions[group.sites[0].name]
+        torch.testing.assert_close(
+            layer.lora_A.detach() * 3**0.5, torch.nn.functional.normalize(rows, dim=1), atol=1e-5, rtol=0
+        )
+
+
+def test_every_rank_has_its_own_prior():
+    model = vit()
+    scores = scored(model, [image_batch()])
+    config = cobra.CobraConfig(
+        rank_budget=12, r_max=4, gate="mean", prior_level="rank", prior_scale="log", gamma=1.0, open_probability=0.8
+    )
+    adapter = cobra.attach(model, config, scores)
+    strengths = torch.stack([scores.directions[group.sites[0].name].norm(dim=1) for group in adapter.groups])
+    pi = fuse(scores.conductance[:, None].expand_as(strengths).flatten(), strengths.flatten())
+    expected = pi.log() - pi.log().mean() + math.log(4)
+    found = torch.tensor([p for group in adapter.groups for p in group.prior], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert adapter.kl_loss().item() == 0
+    order = [k for group in adapter.extract().sites for k in group.kept]
+    assert all(site.kept == tuple(range(site.rank)) for site in adapter.extract().sites) and order
+
+
+@pytest.mark.parametrize("settings", [{"init": "gradient"}, {"prior_level": "rank"}], ids=str)
+def test_too_few_directions_are_named(settings):
+    model = vit()
+    scores = scored(model, [image_batch()], directions=2)
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=r"keep 2 gradient directions and the config needs 4; calibrate\(..., directions=4\)"):
+        cobra.attach(model, cobra.CobraConfig(rank_budget=12, r_max=4, gate="mean", **settings), scores)
+    assert dict(model.named_modules()) == before
+    with pytest.raises(ValueError, match="directions=-1"):
+        scored(model, [image_batch()], directions=-1)
+
+
+def test_gradient_init_without_scores_is_refused():
+    with pytest.raises(ValueError, match="init='gradient' starts from a calibration"):
+        attached(init="gradient")
