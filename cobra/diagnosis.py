@@ -131,14 +131,14 @@ class Diagnosis:
             f"{self.data}; {s['examples']} examples, {s['steps']} {s['quadrature']} points from the {s['baseline']} baseline, "
             f"estimator {s['estimator']}; the path integral misses {self.path_residual:.1%}",
             "",
-            f"{'gradient with contribution':<34}{'':>8}{'over examples':>18}{'over layers':>18}",
+            f"{'gradient with contribution':<38}{'':>8}{'over examples':>18}{'over layers':>18}",
         ]
         for name, found in (("Pearson", self.pearson), ("Spearman", self.spearman)):
             over = f"{_interval(found.over_examples):>18}{_interval(found.over_layers):>18}"
-            lines.append(f"{name:<34}{_decimals(found.value):>8}{over}")
+            lines.append(f"{name:<38}{_decimals(found.value):>8}{over}")
         for name, spread in (("contribution", self.contribution_range), ("gradient", self.gradient_range)):
             most = max(self.layers, key=lambda layer: getattr(layer, name))
-            lines.append(f"{'range of ' + name + ', largest / least':<34}{spread:>8.3g}   most: {most.name}")
+            lines.append(f"{'range of ' + name + ', largest / least':<38}{_spread(spread):>8}   most: {most.name}")
         lines += self._zone_lines("red", "red zone: gradient ≥ 2 × contribution")
         lines += self._zone_lines("under", "under-served: contribution ≥ 2 × gradient")
         if self.stability:
@@ -299,6 +299,10 @@ def _words(row: Stability, settings: dict) -> str:
 
 def _decimals(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.2f}"
+
+
+def _spread(ratio: float) -> str:
+    return "∞" if math.isinf(ratio) else f"{ratio:,.1f}" if ratio < 1000 else f"{ratio:,.0f}"
 
 
 def _interval(bounds: Bounds) -> str:

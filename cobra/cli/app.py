@@ -170,7 +170,9 @@ def diagnose(
     examples: Annotated[int, typer.Option(min=2, help="In each calibration.")] = 64,
     steps: Annotated[int, typer.Option(min=2, help="Points of the path.")] = 50,
     draws: Annotated[int, typer.Option(min=1, help="Calibrations on disjoint examples.")] = 3,
-    baseline: Annotated[str, typer.Option(help="Where the path starts: zero, mean or pad embeddings.")] = "zero",
+    baseline: Annotated[
+        str, typer.Option(help="Where the path starts: zero, mean or pad embeddings, or token:T for token T's.")
+    ] = "zero",
     estimator: Annotated[str, typer.Option(help="paper, conductance or direct.")] = "paper",
     text: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     label: Annotated[str, typer.Option(help="Column of the labels; a causal language model needs none.")] = "label",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 import cobra
@@ -16,6 +17,7 @@ from cobra.cli.subject import Source, find_model
 from cobra.cli.subject_data import image_batches, label_values, text_batches, with_head
 from cobra.cli.textfile import Columns, Example, read_examples
 from cobra.diagnosis import Diagnosis, diagnose
+from cobra.entry import Baseline
 from cobra.report import plots
 from cobra.report.diagnosis import depth_profile, layer_rows
 from cobra.scores import LayerScores
@@ -23,6 +25,7 @@ from cobra.scores import LayerScores
 HEAD_EXAMPLES = 2000
 FEWEST_FOR_HEAD = 64
 IMAGES = "random-images"
+TOKEN = "token:"
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class DiagnosisSettings:
     draws: calibrations on disjoint examples, the first of which is diagnosed
     points: other numbers of path points, on the first draw's examples; None: a half and a fifth of `steps`
     text, label: columns of a file
+    baseline: as `calibrate` names them, or token:T, the embedding of token T
     longest: tokens of a text, the rest is cut
     """
 
@@ -87,6 +91,8 @@ def measure(settings: DiagnosisSettings) -> Measured:
         need = f"DATA {IMAGES}" if source.task == "images" else "texts"
         raise ValueError(f"{source.words} is measured on {need}, not on {settings.data}")
     model, draws, data, notes = (_images if source.task == "images" else _texts)(settings, source)
+    baseline, said = _baseline(settings.baseline, model, source)
+    notes = [*notes, *said]
     if source.random:
         notes = [*notes, "the weights are random: nothing here is about a trained model"]
 
@@ -96,7 +102,7 @@ def measure(settings: DiagnosisSettings) -> Measured:
             loader,
             steps=steps,
             estimator=settings.estimator,
-            baseline=settings.baseline,
+            baseline=baseline,
             granularity=settings.granularity,
             max_examples=settings.examples,
         )
@@ -108,6 +114,19 @@ def measure(settings: DiagnosisSettings) -> Measured:
         others = [calibrated(draw, settings.steps) for draw in draws[1:]]
         paths = [calibrated(draws[0], points) for points in _points(settings)]
     return Measured(scores, others, paths, source.words, data, tuple(notes))
+
+
+def _baseline(baseline: str, model: nn.Module, source: Source) -> tuple[Baseline, list[str]]:
+    """What `calibrate` takes, and a note where its settings will not say it."""
+    if not baseline.startswith(TOKEN):
+        return baseline, []
+    if source.task == "images":
+        raise ValueError(f"baseline={baseline!r} is for models of tokens, and {source.words} takes images")
+    token, tokenizer = baseline.removeprefix(TOKEN), source.tokenizer()
+    if token not in tokenizer.get_vocab():
+        raise ValueError(f"baseline={baseline!r}: the tokenizer has no token {token!r}")
+    number = tokenizer.convert_tokens_to_ids(token)
+    return model.get_input_embeddings().weight[number].detach().clone(), [f"the path starts at the embedding of {token!r}"]
 
 
 def _points(settings: DiagnosisSettings) -> Sequence[int]:
