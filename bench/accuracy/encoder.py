@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from bench.accuracy.tasks import Example, Task
 from cobra.cli.encoder import MeanPoolClassifier, load_encoder
@@ -73,9 +75,15 @@ class Encoded:
             yield self.batch(rows)
 
 
-def load_model(task: Task) -> tuple[MeanPoolClassifier, object]:
+def load_model(task: Task, dropout: float = 0.0) -> tuple[MeanPoolClassifier, PreTrainedTokenizerBase]:
     """The encoder with a zero head of the task's size, and its tokenizer."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     model, tokenizer = load_encoder()
+    model.set_attn_implementation("eager")  # torch's fused attention is slower in its backward on a CPU at these lengths
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
     if task.classes != 2:
         model.classifier = nn.Linear(model.config.hidden_size, task.classes)
         model.config.num_labels = task.classes
@@ -104,6 +112,7 @@ def fit_head(model: MeanPoolClassifier, data: Encoded, weight_decay: float = 1e-
     head, labels = model.classifier, data.labels
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=60, line_search_fn="strong_wolfe")
 
+    @torch.autocast("cpu", enabled=False)
     def closure() -> Tensor:
         optimizer.zero_grad()
         out = head(features)

@@ -65,6 +65,17 @@ def needs_scores(recipe: Recipe) -> bool:
     return recipe.method in ("cobra", "paper", "plan") and recipe.options.get("scores", True)
 
 
+def directions_needed(recipe: Recipe) -> int:
+    """Gradient directions that the calibration must keep of every layer."""
+    options = recipe.options
+    uses = options.get("init") == "gradient" or options.get("prior_level") == "rank"
+    return _gates(recipe) if uses else 0
+
+
+def _gates(recipe: Recipe) -> int:
+    return max(1, round(recipe.options.get("r_max_multiple", 2) * recipe.average_rank))
+
+
 def budget_parameters(sites: Sequence[Site], average_rank: float) -> int:
     """Parameters of a LoRA of this rank on every site."""
     return round(average_rank * sum(site.in_features + site.out_features for site in sites))
@@ -157,9 +168,9 @@ def _cobra(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None) -
     if recipe.method in ("uniform", "random", "plan"):
         return _fixed(recipe, model, scores, budget)
     cut = round(options.pop("cut", CUT) * recipe.steps)
-    multiple = options.pop("r_max_multiple", 2)
-    options.pop("scores", None)
-    options = {"r_max": max(1, round(multiple * recipe.average_rank)), "total_steps": cut, "seed": recipe.seed, **options}
+    for ours in ("r_max_multiple", "scores"):
+        options.pop(ours, None)
+    options = {"r_max": _gates(recipe), "total_steps": cut, "seed": recipe.seed, **options}
     config = cobra.CobraConfig(rank_budget=budget, **options)
     adapter = cobra.attach(model, config, scores)
     optimizer = AdamW(adapter.parameter_groups(recipe.lr), fused=True)
@@ -180,7 +191,8 @@ def _fixed(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None, b
     """Ranks decided before training, then COBRA's plain LoRA."""
     options = recipe.options
     fusion = options.pop("fusion", "product")
-    largest = int(recipe.average_rank) if recipe.method == "uniform" else max(4, round(4 * recipe.average_rank))
+    options.pop("r_max_multiple", None)
+    largest = int(recipe.average_rank) if recipe.method == "uniform" else _gates(recipe)
     config = cobra.CobraConfig(rank_budget=budget, r_max=largest, gate="open", seed=recipe.seed, **options)
     adapter = cobra.attach(model, config, scores)
     plan = adapter.extract()

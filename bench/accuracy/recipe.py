@@ -20,6 +20,8 @@ class Recipe:
     average_rank: the budget is that of a LoRA of this rank on every linear layer, in parameters
     lr: of matrices and head; linear warmup over `warmup` of the steps, then linear decay
     examples: drawn from the task's pool by the seed; `calibration_examples` are the first of them
+    precision: of the forward (autocast); evaluation likewise, calibration always in fp32
+    dropout: of the base model, in hidden states and attention
     noise: share of the training labels replaced by another class at random
     settings: of the method, by name; for those of COBRA fields of CobraConfig, and those of `CobraSettings`
     """
@@ -38,6 +40,7 @@ class Recipe:
     warmup: float = 0.06
     noise: float = 0.0
     precision: str = "bf16"
+    dropout: float = 0.0
     calibration_examples: int = 64
     path_points: int = 10
     estimator: str = "paper"

@@ -9,21 +9,22 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedTokenizerBase
 
 import cobra
 from bench.accuracy.encoder import Encoded, fit_head, load_model, predict
-from bench.accuracy.methods import Attached, attach, needs_scores
+from bench.accuracy.methods import Attached, attach, directions_needed, needs_scores
 from bench.accuracy.metrics import classification_metrics, pack_per_example, regression_metrics
 from bench.accuracy.recipe import Recipe
 from bench.accuracy.tasks import Example, Task, load_task, sample
 
-CACHE = Path("runs/evidence-cache")
 PACKAGES = ("torch", "transformers", "peft", "cobra-peft")
 
 
@@ -38,32 +39,45 @@ class Seconds:
         self.spent[stage] = round(time.perf_counter() - start, 2)
 
 
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where every method on one task and seed starts from: the training examples and the head fitted on frozen features."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    train: Encoded
+    head: dict[str, Tensor]
+
+    def model(self, dropout: float) -> nn.Module:
+        model, _ = load_model(self.task, dropout)
+        model.classifier.load_state_dict(self.head)
+        return model
+
+    def encode(self, examples: Sequence[Example], max_length: int) -> Encoded:
+        return Encoded.of(examples, self.tokenizer, self.task.kind, max_length)
+
+
 def run(recipe: Recipe, data: Path | None = None) -> dict:
     """Trains and evaluates. Raises ValueError where the training diverged."""
-    task = load_task(recipe.task, data)
-    model, tokenizer = load_model(task)
-    examples = _noisy(sample(task, recipe.examples, recipe.seed), task, recipe)
-    train = Encoded.of(examples, tokenizer, task.kind, recipe.max_length)
-    seconds = Seconds()
-    torch.manual_seed(recipe.seed)
-    with _precision(recipe):
-        with seconds.of("head"):
-            fit_head(model, train)
-        head_parameters = sum(p.numel() for p in model.classifier.parameters())
-        scores = None
-        if needs_scores(recipe):
-            with seconds.of("calibrate"):
-                scores = _calibrate(recipe, model, train)
-        calibration = list(range(min(recipe.calibration_examples, len(train))))
-        attached = attach(recipe, model, scores, lambda: [train.batch(calibration[i : i + 16]) for i in range(0, 64, 16)])
-        with seconds.of("train"):
-            losses = _train(attached, train, recipe)
-        splits = {"validation": task.validation} | ({"test": task.test} if recipe.phase == "final" else {})
-        with seconds.of("evaluate"):
-            found = {
-                name: _evaluate(attached.model, Encoded.of(rows, tokenizer, task.kind, recipe.max_length), task, name == "test")
-                for name, rows in splits.items()
-            }
+    start = _start(recipe.task, data, recipe.examples, recipe.seed, recipe.noise, recipe.max_length, recipe.precision)
+    task, train, seconds = start.task, start.train, Seconds()
+    model = start.model(recipe.dropout)
+    head_parameters = sum(p.numel() for p in model.classifier.parameters())
+    scores = None
+    if needs_scores(recipe):
+        granularity = recipe.options.get("granularity", "site")
+        path = (recipe.calibration_examples, recipe.path_points, recipe.estimator, granularity, directions_needed(recipe))
+        scores, seconds.spent["calibrate"] = _calibrated(start, *path)
+    rows = range(min(recipe.calibration_examples, len(train)))
+    attached = attach(recipe, model, scores, lambda: [train.batch(rows[i : i + 16]) for i in range(0, len(rows), 16)])
+    with seconds.of("train"):
+        losses = _train(attached, train, recipe)
+    splits = {"validation": task.validation} | ({"test": task.test} if recipe.phase == "final" else {})
+    with seconds.of("evaluate"), _precision(recipe.precision):
+        found = {
+            name: _evaluate(attached.model, start.encode(examples, recipe.max_length), task, name == "test")
+            for name, examples in splits.items()
+        }
     return {
         "key": recipe.key,
         "phase": recipe.phase,
@@ -89,36 +103,56 @@ def run(recipe: Recipe, data: Path | None = None) -> dict:
     }
 
 
-def _precision(recipe: Recipe):
-    if recipe.precision == "fp32":
+def _precision(precision: str):
+    """For one forward, or for weights that stay: autocast keeps its copies of parameters until the block ends."""
+    if precision == "fp32":
         return nullcontext()
     return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)
 
 
-def _noisy(examples: Sequence[Example], task: Task, recipe: Recipe) -> Sequence[Example]:
+@lru_cache(maxsize=8)
+def _start(name: str, data: Path | None, examples: int, seed: int, noise: float, max_length: int, precision: str) -> Start:
+    task = _task(name, data)
+    model, tokenizer = load_model(task)
+    train = Encoded.of(_noisy(sample(task, examples, seed), task, noise, seed), tokenizer, task.kind, max_length)
+    torch.manual_seed(seed)
+    with _precision(precision):
+        fit_head(model, train)
+    return Start(task, tokenizer, train, {k: v.detach().clone() for k, v in model.classifier.state_dict().items()})
+
+
+_task = lru_cache(maxsize=8)(load_task)
+
+
+def _noisy(examples: Sequence[Example], task: Task, share: float, seed: int) -> Sequence[Example]:
     """A share of the labels moved to another class; the same ones for every method."""
-    drawn = random.Random(recipe.seed)
-    chosen = set(drawn.sample(range(len(examples)), round(recipe.noise * len(examples))))
+    if not share:
+        return examples
+    drawn = random.Random(seed)
+    chosen = set(drawn.sample(range(len(examples)), round(share * len(examples))))
     return tuple(
         replace(e, label=(e.label + drawn.randrange(1, task.classes)) % task.classes) if i in chosen else e
         for i, e in enumerate(examples)
     )
 
 
-def _calibrate(recipe: Recipe, model: nn.Module, train: Encoded) -> cobra.LayerScores:
-    """In fp32 whatever the training's precision."""
-    rows = range(min(recipe.calibration_examples, len(train)))
-    batches = [train.batch(rows[i : i + 16]) for i in range(0, len(rows), 16)]
-    with torch.autocast("cpu", enabled=False):
-        return cobra.calibrate(
-            model,
-            batches,
-            steps=recipe.path_points,
-            estimator=recipe.estimator,
-            max_examples=len(rows),
-            progress=False,
-            granularity=recipe.options.get("granularity", "site"),
-        )
+@lru_cache(maxsize=16)
+def _calibrated(
+    start: Start, examples: int, points: int, estimator: str, granularity: str, directions: int
+) -> tuple[cobra.LayerScores, float]:
+    """Scores and the seconds they took; in fp32, whatever the training's precision."""
+    began, rows = time.perf_counter(), range(min(examples, len(start.train)))
+    scores = cobra.calibrate(
+        start.model(0.0),
+        [start.train.batch(rows[i : i + 16]) for i in range(0, len(rows), 16)],
+        steps=points,
+        estimator=estimator,
+        max_examples=len(rows),
+        progress=False,
+        granularity=granularity,
+        directions=directions,
+    )
+    return scores, round(time.perf_counter() - began, 2)
 
 
 def _train(attached: Attached, train: Encoded, recipe: Recipe) -> list[float]:
@@ -132,7 +166,8 @@ def _train(attached: Attached, train: Encoded, recipe: Recipe) -> list[float]:
     attached.model.train()
     losses = []
     for step, batch in enumerate(train.shuffled(recipe.batch_size, recipe.steps, recipe.seed), 1):
-        loss = attached.model(**batch).loss
+        with _precision(recipe.precision):
+            loss = attached.model(**batch).loss
         (loss + attached.penalty()).backward()
         attached.optimizer.step()
         schedule.step()
