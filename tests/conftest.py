@@ -9,6 +9,11 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS
 import pytest
 import torch
 
+# torch lists what a device context redirects when the first is entered, and must see the true torch.empty there: else models
+# are made on the CPU from then on, and a random head depends on which test came first
+with torch.device("meta"):
+    torch.empty(0)
+
 
 @pytest.fixture(autouse=True)
 def fixed_seed():

@@ -80,6 +80,23 @@ def test_scores_serve_the_bf16_copy_of_their_model(scores):
         cobra.attach(minilm().half(), config, scores)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "tolerance"),
+    [(torch.bfloat16, False, 2e-2), (torch.bfloat16, True, 2e-2), (torch.float16, False, 5e-3), (torch.float32, True, 1e-2)],
+    ids=["bf16", "bf16-autocast", "fp16", "fp32-autocast"],
+)
+def test_training_follows_fp32(reference, dtype, autocast, tolerance):
+    """fp32 matrices and gates on a frozen base that keeps its bits."""
+    _, _, expected, _ = reference
+    model, adapter, losses, before = trained(dtype, autocast)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=tolerance, atol=0)
+    assert losses[-1] < 0.8 * losses[0]
+    assert {tensor.dtype for tensor in adapter.state_dict().values()} == {torch.float32}
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], p) for name, p in before.items())
+    assert adapter.extract().total == 72
+
+
 @HALVES
 def test_merge_reports_what_half_precision_loses(reference, dtype):
     """The merged model is plain and in its dtype, the report's loss is the true one, and undoing it restores the bits."""
