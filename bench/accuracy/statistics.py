@@ -1,0 +1,301 @@
+"""What final rows say: intervals of cells, paired gains over LoRA with corrected p-values, means over tasks; the choice of
+settings on validation; and the checks that make a comparison fair.
+
+Gains are positive where a method is better: the difference of accuracies, or by how much the loss of a regression or language task
+falls, relative to LoRA's. Methods are compared on the seeds that both have. How intervals and p-values come about, and which of
+them hold with 5 seeds, stands in `bench.accuracy.intervals`; verdicts use `Estimate.p`, corrected by Holm over all cells (tasks ×
+ranks) of one method.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from bench.accuracy.cells import (
+    BASELINE,
+    METRIC,
+    Cell,
+    Runs,
+    differing,
+    flat,
+    group,
+    higher_is_better,
+    matrix,
+    of_phase,
+    sort_methods,
+    stream,
+    with_fields,
+)
+from bench.accuracy.intervals import RESAMPLES, Estimate, estimates, holm, mean_of, relative
+
+ALPHA = 0.05
+FEWEST_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method beside LoRA in one cell. verdict: "win", "tie" or "loss", by the corrected p; "" with one seed."""
+
+    cell: Cell
+    kind: str
+    method: str
+    gain: Estimate
+    corrected: float = math.nan
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class MeanOverTasks:
+    """A method over all tasks of a kind at one rank. level: mean accuracy, None for losses; gain: None for LoRA itself."""
+
+    model: str
+    rank: float
+    kind: str
+    method: str
+    tasks: int
+    level: Estimate | None
+    gain: Estimate | None
+    corrected: float = math.nan
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything that tables and figures show of the final rows.
+
+    runs: cell → method → seed → row; levels: accuracy or loss by cell and method
+    """
+
+    runs: dict[Cell, dict[str, Runs]]
+    diverged: list[dict]
+    levels: dict[tuple[Cell, str], Estimate]
+    comparisons: list[Comparison]
+    means: list[MeanOverTasks]
+
+    def kind(self, cell: Cell) -> str:
+        return next(iter(next(iter(self.runs[cell].values())).values()))["kind"]
+
+    def methods(self, cells: Iterable[Cell]) -> list[str]:
+        return sort_methods(method for cell in cells for method in self.runs[cell])
+
+
+def summarise(rows: Sequence[dict], resamples: int = RESAMPLES) -> Summary:
+    """Levels, gains and means of the rows of phase "final"."""
+    runs = group(of_phase(rows, "final"))
+    levels, comparisons = {}, []
+    by_stream = defaultdict(list)
+    for cell in runs:
+        by_stream[stream(cell)].append(cell)
+    for seed, cells in by_stream.items():
+        asked = [(cell, method, matrix(found)) for cell in cells for method, found in runs[cell].items()]
+        paired = [(cell, method, _gain(runs[cell], method)) for cell, method, _ in asked if _shared(runs[cell], method)]
+        found = iter(estimates([values for *_, values in asked + paired], seed, resamples))
+        levels |= {(cell, method): next(found) for cell, method, _ in asked}
+        comparisons += [Comparison(cell, _kind(runs[cell]), method, next(found)) for cell, method, _ in paired]
+    comparisons = _corrected(sorted(comparisons, key=lambda c: (c.cell, sort_methods(runs[c.cell]).index(c.method))))
+    comparisons = [replace(c, verdict=_verdict(c)) for c in comparisons]
+    return Summary(runs, of_phase(rows, "final", diverged=True), levels, comparisons, _means(runs, levels, comparisons))
+
+
+def win_tie_loss(comparisons: Iterable[Comparison]) -> dict[tuple[str, float, str], tuple[int, int, int]]:
+    """(model, rank, method): number of cells won, tied and lost against LoRA."""
+    counts = defaultdict(lambda: {"win": 0, "tie": 0, "loss": 0})
+    for comparison in comparisons:
+        if comparison.verdict:
+            counts[comparison.cell.model, comparison.cell.rank, comparison.method][comparison.verdict] += 1
+    return {key: (found["win"], found["tie"], found["loss"]) for key, found in counts.items()}
+
+
+class Choice(NamedTuple):
+    """What settings are chosen for; task None: one choice for all tasks."""
+
+    model: str
+    task: str | None
+    method: str
+    rank: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings that were tried.
+
+    shortfall: what they lack to the best settings of the same method, averaged over tasks: points of accuracy as a fraction, or
+        relative loss; infinite where a run diverged, NaN where a run is missing
+    """
+
+    config: dict
+    shortfall: float
+    values: dict[str, list[float]]
+    missing: tuple[str, ...]
+
+
+def candidates(rows: Iterable[dict], rule: str) -> dict[Choice, list[Candidate]]:
+    """The settings tried in phase "search", best first. rule: "per task" or "over tasks".
+
+    Raises ValueError where a row is of another phase, or its test split was used.
+    """
+    if rule not in ("per task", "over tasks"):
+        raise ValueError(f'rule={rule!r} is neither "per task" nor "over tasks"')
+    found = defaultdict(lambda: defaultdict(dict))
+    for row in map(with_fields, rows):
+        if row["phase"] != "search" or row.get("test") is not None:
+            raise ValueError(f"row {row['key']} (phase {row['phase']!r}) has seen the test split; choose on phase search alone")
+        choice = Choice(row["model"], row["task"] if rule == "per task" else None, row["method"], row["average_rank"])
+        config = {k: v for k, v in row["config"].items() if k not in ("phase", "task", "seed")}
+        found[choice][json.dumps(config, sort_keys=True)][row["task"], row["seed"]] = row
+    return {choice: _ranked(tried) for choice, tried in sorted(found.items(), key=lambda item: (item[0][0], str(item[0])))}
+
+
+def select_best(rows: Iterable[dict], rule: str) -> dict[Choice, dict]:
+    """The configuration, without phase, task and seed, that is best on VALIDATION for each (model, task, method, rank).
+
+    "over tasks" takes the smallest mean shortfall to each task's best. Equal ones go to the smaller learning rate. Raises
+    ValueError for rows that have seen a test split, for settings that lack runs others have, and where every run diverged.
+    """
+    chosen = {}
+    for choice, tried in candidates(rows, rule).items():
+        for candidate in tried:
+            if candidate.missing:
+                raise ValueError(
+                    f"{choice.method}, rank {choice.rank:g}: settings {describe(candidate.config, tried[0].config)} have no run of "
+                    f"{', '.join(candidate.missing)}; finish the search first"
+                )
+        if math.isinf(tried[0].shortfall):
+            raise ValueError(
+                f"{choice.method}, rank {choice.rank:g}, {choice.task or 'all tasks'}: every run of the search diverged"
+            )
+        chosen[choice] = tried[0].config
+    return chosen
+
+
+def describe(config: dict, beside: dict) -> str:
+    """The learning rate, and what else differs from another configuration."""
+    names = ["lr", *sorted(differing(config, beside) - {"lr"})]
+    return ", ".join(f"{name} {flat(config).get(name, '–')}" for name in names)
+
+
+def check_equal_budget(rows: Iterable[dict], tolerance: float = 0.01, exempt: Collection[str] = ()) -> None:
+    """Raises ValueError naming the cells whose trainable parameters differ between methods by more than `tolerance`, or whose heads
+    differ at all.
+
+    exempt: methods whose adapter parameters are reported rather than required to be equal; their heads count all the same
+    """
+    wrong = []
+    for cell, methods in group([with_fields(row) for row in rows if "diverged" not in row]).items():
+        where = f"{cell.model}, {cell.task}, rank {cell.rank:g}"
+        heads = {(method, row["head_parameters"]) for method, runs in methods.items() for row in runs.values()}
+        if len({head for _, head in heads}) > 1:
+            wrong.append(f"{where}: heads of {_listed(heads)} parameters")
+        sizes = {(m, row["trainable_parameters"]) for m, runs in methods.items() if m not in exempt for row in runs.values()}
+        numbers = [size for _, size in sizes]
+        if sizes and max(numbers) > (1 + tolerance) * min(numbers):
+            wrong.append(f"{where}: {_listed(sizes)} trainable parameters")
+    if wrong:
+        raise ValueError(
+            f"budgets differ by more than {tolerance:.0%}; run these again at one budget:\n  " + "\n  ".join(wrong)
+        )
+
+
+def _listed(sizes: set[tuple[str, int]]) -> str:
+    return ", ".join(f"{method} {size:,}" for method, size in sorted(sizes))
+
+
+def _kind(methods: dict[str, Runs]) -> str:
+    return next(row["kind"] for runs in methods.values() for row in runs.values())
+
+
+def _shared(methods: dict[str, Runs], method: str) -> list[int]:
+    return [] if method == BASELINE else sorted(methods[method].keys() & methods.get(BASELINE, {}).keys())
+
+
+def _gain(methods: dict[str, Runs], method: str) -> np.ndarray:
+    """(seeds, examples), positive where the method is better than LoRA."""
+    seeds = _shared(methods, method)
+    ours, theirs = matrix(methods[method], seeds), matrix(methods[BASELINE], seeds)
+    if ours.shape != theirs.shape:
+        raise ValueError(f"{method} and {BASELINE} have test splits of {ours.shape[1]} and {theirs.shape[1]} examples")
+    return ours - theirs if higher_is_better(_kind(methods)) else -relative(ours, theirs)
+
+
+def _corrected(found: list) -> list:
+    """With Holm's p over all that one method of one model has."""
+    out = list(found)
+    for model, method in {(_model(c), c.method) for c in found}:
+        family = [i for i, c in enumerate(found) if (_model(c), c.method) == (model, method) and c.gain is not None]
+        for i, p in zip(family, holm([found[i].gain.p for i in family]), strict=True):
+            out[i] = replace(found[i], corrected=p)
+    return out
+
+
+def _model(found: Comparison | MeanOverTasks) -> str:
+    return found.cell.model if isinstance(found, Comparison) else found.model
+
+
+def _verdict(comparison: Comparison) -> str:
+    if math.isnan(comparison.corrected):
+        return ""
+    if comparison.corrected >= ALPHA:
+        return "tie"
+    return "win" if comparison.gain.mean > 0 else "loss"
+
+
+def _means(runs, levels, comparisons) -> list[MeanOverTasks]:
+    """Of methods that have every task of the kind at that rank; a mean over fewer tasks is another quantity."""
+    gains = {(c.cell, c.method): c.gain for c in comparisons}
+    by_kind = defaultdict(list)
+    for cell in runs:
+        by_kind[cell.model, cell.rank, _kind(runs[cell])].append(cell)
+    means = []
+    for (model, rank, kind), cells in sorted(by_kind.items()):
+        for method in sort_methods(method for cell in cells for method in runs[cell]):
+            level = [levels[cell, method] for cell in cells if (cell, method) in levels]
+            gain = [gains[cell, method] for cell in cells if (cell, method) in gains]
+            if len(level) == len(cells):
+                shown = mean_of(level) if kind == "classification" else None
+                compared = mean_of(gain) if len(gain) == len(cells) else None
+                means.append(MeanOverTasks(model, rank, kind, method, len(cells), shown, compared))
+    return _corrected(means)
+
+
+def _ranked(tried: dict[str, dict[tuple[str, int], dict]]) -> list[Candidate]:
+    needed = {run for runs in tried.values() for run in runs}
+    values = {
+        config: {run: _validation(row) for run, row in runs.items()} for config, runs in tried.items()
+    }  # smaller is better
+    tasks = sorted({task for task, _ in needed})
+    by_task = {
+        config: {task: [v for (t, _), v in sorted(found.items()) if t == task] for task in tasks}
+        for config, found in values.items()
+    }
+    best = {
+        task: min((float(np.mean(found[task])) for found in by_task.values() if found[task]), default=math.inf)
+        for task in tasks
+    }
+    kinds = {row["task"]: row.get("kind") for runs in tried.values() for row in runs.values() if "diverged" not in row}
+    out = []
+    for text, found in by_task.items():
+        missing = tuple(f"{task} seed {seed}" for task, seed in sorted(needed - tried[text].keys()))
+        lacks = [_shortfall(found[task], best[task], kinds.get(task)) for task in tasks if found[task]]
+        shown = {task: [-v if kinds.get(task) == "classification" else v for v in found[task]] for task in tasks}
+        out.append(Candidate(json.loads(text), math.nan if missing else float(np.mean(lacks)), shown, missing))
+    return sorted(out, key=lambda c: (bool(c.missing), c.shortfall if not c.missing else 0.0, c.config["lr"], str(c.config)))
+
+
+def _validation(row: dict) -> float:
+    if "diverged" in row:
+        return math.inf
+    value = row["validation"][METRIC[row["kind"]]]
+    return -value if higher_is_better(row["kind"]) else value
+
+
+def _shortfall(values: list[float], best: float, kind: str | None) -> float:
+    mean = float(np.mean(values))
+    if math.isinf(mean):
+        return math.inf
+    return mean - best if kind == "classification" else mean / best - 1
