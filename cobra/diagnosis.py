@@ -29,7 +29,8 @@ from cobra.resampling import (
     disjoint_parts,
     even_shares,
     factors_of,
-    interval,
+    interval_over_examples,
+    interval_over_layers,
     resampled_examples,
     resampled_layers,
 )
@@ -45,7 +46,7 @@ _MOST_NAMED = 8
 class Agreement:
     """A correlation of contribution and gradient over layers; NaN where it is not defined.
 
-    over_examples: 95 % interval had other examples been drawn, for these layers; resamples examples, both factors together
+    over_examples: 95 % interval for these layers, had all examples been measured; resamples examples, both factors together
     over_layers: 95 % interval as if these layers were a sample of many; resamples layers. Unknown for fewer than 4
     """
 
@@ -185,7 +186,11 @@ def diagnose(
     rng = np.random.default_rng(seed)
     examples, layers = resampled_examples(scores, resamples, rng), resampled_layers(own, resamples, rng)
     agreement = {
-        name: Agreement(correlation(*own).value, interval(correlation, examples), interval(correlation, layers))
+        name: Agreement(
+            value := correlation(*own).value,
+            interval_over_examples(correlation, examples, value),
+            interval_over_layers(correlation, layers),
+        )
         for name, correlation in (("pearson", measures.pearson), ("spearman", measures.spearman))
     }
     notes = list(notes)

@@ -2,7 +2,8 @@
 
 Real weights where a package ships them, small random ones otherwise: rows of random weights say what an architecture does
 before it has learnt anything, and nothing about its published checkpoints. Rows are replaced by name in rows/diagnosis.jsonl;
-nothing is downloaded. Every layer is measured; sums over transformer blocks, the poster's layers, come from the same calibration.
+nothing is downloaded. Every layer is measured; sums over transformer blocks, the poster's layers, come from the same
+calibration.
 """
 
 from __future__ import annotations
