@@ -13,7 +13,7 @@ from models import Mlp, image_batch, mlp_batch, vit
 import cobra
 from cobra import storage
 from cobra.plan import SitePlan
-from cobra.report import measures, tables
+from cobra.report import measures, plots, tables
 from cobra.report.names import grid
 from cobra.report.page import MARK, write_report
 from cobra.report.run import FILES, Run, append_gates, append_step
@@ -363,6 +363,24 @@ HOSTILE = [
 
 
 @pytest.mark.filterwarnings("error")
+def test_hostile_names(tmp_path):
+    """Names are text wherever they stand: in tables, drawings and titles."""
+    made_run(tmp_path, HOSTILE, gamma=[9.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    for name in HOSTILE:
+        append_step(tmp_path, 0, nll=1.0, phase=name)
+    (tmp_path / "run.json").write_text(json.dumps({"command": "</pre><script>x()</script>", "a<b>": {"c": ["<i>"]}}))
+    (tmp_path / "eval.json").write_text(json.dumps({"<img src=x>": "<b>"}))
+    (tmp_path / "gates.jsonl").write_text(json.dumps({"step": 0, "gates": {name: [0.5] * 4 for name in HOSTILE}}) + "\n")
+    path = write_report(tmp_path)
+    page = Page(path)
+    assert (page.unbalanced, page.open) == ([], [])
+    assert not {tag for tag, _ in page.tags} & {"script", "img", "b", "i"}
+    assert not [key for _, a in page.tags for key in a if key.startswith("on")]
+    assert "<script>alert(1)</script>.0.a" in page.plain and "&lt;b&gt;.5.f" in page.plain
+    assert [r["layer"] for r in rows(path.parent / "ranks.csv")] == HOSTILE
+
+
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("names", "phi", "gamma"),
     [
@@ -384,6 +402,26 @@ def test_no_correlation(tmp_path, names, phi, gamma):
 
 
 STACKS = {"blocks": "model.layers.{}.{}", "no grid": "{1}{0}", "experts": "model.layers.0.experts.{}.{}"}
+
+
+@pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
+def test_figures_of_many_layers(tmp_path, stack):
+    """500 layers: sizes that open, whatever the names; every layer in the table."""
+    names = [stack.format(i, m) for i in range(100) for m in ("q", "k", "v", "up", "down")]
+    made_run(tmp_path, names)
+    scores, plan = cobra.LayerScores.load(tmp_path / "scores.safetensors"), cobra.RankPlan.load(tmp_path / "plan.json")
+    figures = [plots.rank_heatmap(plan), plots.prior_posterior(scores, plan), plots.gate_probabilities(plan)]
+    assert all(1 < side < 20 for figure in figures for side in figure.get_size_inches())
+    assert np.isfinite(grid(plan.ranks).values).sum() == 500
+    assert {row[0]: row[1] for row in tables.ranks(plan).rows} == plan.ranks
+
+
+@pytest.mark.parametrize("stack", ["model.layers.{}.experts.{}.up", "l{}x{}"], ids=["experts of blocks", "list"])
+def test_figures_of_thousands_of_layers(tmp_path, stack):
+    made_run(tmp_path, [stack.format(i, j) for i in range(40) for j in range(200)], gates=2)
+    scores, plan = cobra.LayerScores.load(tmp_path / "scores.safetensors"), cobra.RankPlan.load(tmp_path / "plan.json")
+    figures = [plots.rank_heatmap(plan), plots.prior_posterior(scores, plan), plots.gate_probabilities(plan)]
+    assert all(1 < side < 20 for figure in figures for side in figure.get_size_inches())
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,9 +20,15 @@ _LONGEST = 34
 def plain(name: object) -> str:
     """One line that matplotlib prints as it is: no mathematics between dollar signs, nothing longer than an axis."""
     text = "".join(c if c.isprintable() else " " for c in str(name))
-    if len(text) > _LONGEST:
-        text = f"{text[: _LONGEST // 2 - 1]}…{text[-_LONGEST // 2 :]}"
+    longest = _LONGEST * len(text) // max(1, letters(text))
+    if len(text) > longest:
+        text = f"{text[: longest // 2 - 1]}…{text[-longest // 2 :]}"
     return text.replace("$", r"\$")
+
+
+def letters(text: str) -> int:
+    """Width in Latin letters; letters of East Asia take two."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def short_names(names: Iterable[str]) -> list[str]:
@@ -69,7 +76,7 @@ def grid(values: dict[str, float]) -> Grid:
         for name, value in values.items():
             cells[blocks.index(block_of(name)), modules.index(within_block(name))] = value
         return Grid(cells, labels, [plain(m) for m in modules], "block", "")
-    if len(blocks) * max(sizes.values()) <= 4 * len(values):
+    if len(blocks) * max(sizes.values()) <= 4 * len(values) and max(sizes.values()) <= MOST_COLUMNS * len(blocks):
         cells, seen = np.full((len(blocks), max(sizes.values())), np.nan), Counter()
         for name, value in values.items():
             cells[blocks.index(block_of(name)), seen[block_of(name)]] = value

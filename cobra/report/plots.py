@@ -18,7 +18,7 @@ from cobra import storage
 from cobra.plan import RankPlan
 from cobra.prior import fuse
 from cobra.report import measures
-from cobra.report.names import grid, plain, short_names
+from cobra.report.names import grid, letters, plain, short_names
 from cobra.report.run import Bin
 from cobra.scores import LayerScores
 
@@ -65,10 +65,10 @@ def rank_heatmap(plan: RankPlan, path: Path | str | None = None) -> Figure:
     ranks = plan.ranks
     found = grid(ranks)
     rows, columns = found.values.shape
-    width = 0.75 if columns <= 12 else max(0.16, 9 / columns)
-    height = 0.3 if rows <= 40 else max(0.1, 12 / rows)
-    labels = 0.3 + 0.04 * max(map(len, found.columns or [""]))
-    figure, axes = _figure(max(4.2, 2.8 + width * columns), 1.3 + height * rows + labels)
+    width = 0.75 if columns <= 12 else min(max(0.16, 9 / columns), 15 / columns)
+    height = 0.3 if rows <= 40 else min(max(0.1, 12 / rows), 15 / rows)
+    beside, labels = 0.09 * max(map(letters, found.rows), default=0), 0.3 + 0.04 * max(map(letters, found.columns or [""]))
+    figure, axes = _figure(max(4.2, 2.3 + beside + width * columns), 1.3 + height * rows + labels)
     levels = max(ranks.values(), default=0) + 1
     image = axes.pcolormesh(
         found.values,
@@ -140,7 +140,7 @@ def prior_posterior(scores: LayerScores, plan: RankPlan, path: Path | str | None
     posterior = _share([sum(site.posterior) for site in plan.sites])
     kept = _share([site.rank for site in plan.sites])
     G = len(prior)
-    step = 0.19 if G <= MOST_LABELS else max(0.03, 15 / G)
+    step = 0.19 if G <= MOST_LABELS else 15 / G
     figure, axes = _figure(6.8, 1.5 + step * G)
     y = np.arange(G)
     size = 26 * max(0.25, step / 0.19)
@@ -169,7 +169,7 @@ def gate_probabilities(plan: RankPlan, path: Path | str | None = None) -> Figure
     """Posterior of every gate, group by group: kept and dropped."""
     names = short_names(site.name for site in plan.sites)
     G = len(names)
-    figure, axes = _figure(min(10.0, max(6.4, 2 + 0.17 * G)), 3.0 + 0.09 * max(map(len, names)))
+    figure, axes = _figure(min(10.0, max(6.4, 2 + 0.17 * G)), 3.0 + 0.09 * max(map(letters, names)))
     axes.axhspan(*measures.COIN_FLIP, color=MUTED, alpha=0.16, linewidth=0, label="coin flips")
     groups = np.repeat(np.arange(G), [len(site.posterior) for site in plan.sites])
     p, mask = np.array(measures.all_gates(plan), float).reshape(-1, 2).T
