@@ -119,8 +119,9 @@ def distinct(rows: Iterable[Row], key: Callable[[Example], str]) -> list[Row]:
     labels: dict[str, set] = {}
     first: dict[str, Row] = {}
     for unit, example in rows:
-        labels.setdefault(key(example), set()).add(example.label)
-        first.setdefault(key(example), (unit, example))
+        found = key(example)
+        labels.setdefault(found, set()).add(example.label)
+        first.setdefault(found, (unit, example))
     return [row for found, row in first.items() if len(labels[found]) == 1]
 
 
@@ -129,12 +130,12 @@ def split(name: str, rows: Sequence[Row], test: int = TEST, validation: int = VA
     units: dict[str, list[Example]] = {}
     for unit, example in rows:
         units.setdefault(unit, []).append(example)
-    order = sorted(units, key=lambda unit: _hash(f"{name}\0{unit}"))
+    order = iter(sorted(units, key=lambda unit: _hash(f"{name}\0{unit}")))
     splits: Splits = {}
     for target, size in (("test", test), ("validation", validation), ("train", train)):
         found: list[Example] = []
-        while order and len(found) < size:
-            found += units[order.pop(0)]
+        while len(found) < size and (unit := next(order, None)) is not None:
+            found += units[unit]
         splits[target] = found[:size]
     return splits
 
@@ -225,7 +226,7 @@ def _foods() -> Splits:
 
 
 def _vader(name: str, file: str, **sizes: int) -> Splits:
-    lines = sources.read(f"{file}_GroundTruth.txt").decode("latin-1" if name == "amazon" else "utf-8").splitlines()
+    lines = sources.read(f"{file}_GroundTruth.txt").decode("latin-1" if name == "amazon" else "utf-8").strip().split("\n")
     examples = [Example(text.strip(), float(mean) / 4) for _, mean, text in (line.split("\t", 2) for line in lines)]
     # "Yay." and "YAY!!" were rated on purpose: both are kept, in one split
     return split(name, distinct(((words(e.text), e) for e in examples), lambda e: e.text), **sizes)
@@ -261,7 +262,7 @@ def _given(name: str, folder: str, kind: str, data: Path | None) -> Splits:
 
 
 def _read(path: Path, name: str, kind: str) -> list[Example]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").strip("\n").split("\n")
     if path.suffix == ".jsonl":
         problems = [json.loads(line) for line in lines]
         return [Example(f"{p['question']}\n{re.sub('<<.*?>>', '', p['answer'])}", 0) for p in problems]

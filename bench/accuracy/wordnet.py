@@ -33,7 +33,7 @@ class Synset:
 
 def parse_nouns(data: str) -> Iterator[Synset]:
     """The synsets of a file `data.noun` (format: wndb(5WN))."""
-    for line in data.splitlines():
+    for line in data.strip("\n").split("\n"):
         if line.startswith(" "):  # the licence
             continue
         head, _, gloss = line.partition(" | ")
