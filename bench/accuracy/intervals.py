@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy import stats
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 from statsmodels.stats.multitest import multipletests
 
 RESAMPLES, CHUNK = 10_000, 500
@@ -77,12 +77,11 @@ def estimates(matrices: Sequence[np.ndarray], seed: int = 0, resamples: int = RE
     if not matrices:
         return []
     matrices = [np.asarray(m, float) for m in matrices]
-    rng = np.random.default_rng(seed)
-    example_parts = _resample(np.stack([m.mean(0) for m in matrices], 1), resamples, rng)
+    example_parts = _resample(np.stack([m.mean(0) for m in matrices], 1), resamples, np.random.default_rng([seed, 0]))
     by_count = {}
     for count in sorted({len(m) for m in matrices}):
         chosen = [m.mean(1) for m in matrices if len(m) == count]
-        by_count[count] = iter(_resample(np.stack(chosen, 1), resamples, rng).T)
+        by_count[count] = iter(_resample(np.stack(chosen, 1), resamples, np.random.default_rng([seed, count])).T)
     return [_estimate(m, next(by_count[len(m)]), example_parts[:, i]) for i, m in enumerate(matrices)]
 
 
@@ -170,7 +169,7 @@ def _finish(mean, seeds, variance, df, seed_variance, seed_df, seed_part, exampl
     low = high = p_bootstrap = NAN
     if not math.isnan(variance):
         if len(seed_part):
-            drawn = mean + _t(seed_df) / stats.norm.ppf((1 + LEVEL) / 2) * seed_part + example_part
+            drawn = mean + _t(seed_df) / ndtri((1 + LEVEL) / 2) * seed_part + example_part
             low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
             tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
             p_bootstrap = min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
@@ -185,7 +184,8 @@ def _finish(mean, seeds, variance, df, seed_variance, seed_df, seed_part, exampl
 
 
 def _t(df: float) -> float:
-    return float(stats.t.ppf((1 + LEVEL) / 2, df)) if math.isfinite(df) else float(stats.norm.ppf((1 + LEVEL) / 2))
+    """Student's quantile at the interval's level."""
+    return float(stdtrit(df, (1 + LEVEL) / 2) if math.isfinite(df) else ndtri((1 + LEVEL) / 2))
 
 
 def _t_test(mean: float, variance: float, df: float) -> float:
@@ -193,7 +193,8 @@ def _t_test(mean: float, variance: float, df: float) -> float:
         return NAN
     if variance == 0:
         return 1.0 if mean == 0 else 0.0
-    return float(2 * stats.t.sf(abs(mean) / math.sqrt(variance), df))
+    t = -abs(mean) / math.sqrt(variance)
+    return float(2 * (stdtr(df, t) if math.isfinite(df) else ndtr(t)))
 
 
 def _satterthwaite(variances: Sequence[float], dfs: Sequence[float]) -> tuple[float, float]:

@@ -1,10 +1,10 @@
 """What final rows say: intervals of cells, paired gains over LoRA with corrected p-values, means over tasks; the choice of
 settings on validation; and the checks that make a comparison fair.
 
-Gains are positive where a method is better: the difference of accuracies, or by how much the loss of a regression or language task
-falls, relative to LoRA's. Methods are compared on the seeds that both have. How intervals and p-values come about, and which of
-them hold with 5 seeds, stands in `bench.accuracy.intervals`; verdicts use `Estimate.p`, corrected by Holm over all cells (tasks ×
-ranks) of one method.
+Gains are positive where a method is better: the difference of accuracies, or by how much the loss of a regression or language
+task falls, relative to LoRA's. Methods are compared on the seeds that both have. How intervals and p-values come about, and
+which of them hold with 5 seeds, stands in `bench.accuracy.intervals`; verdicts use `Estimate.p`, corrected by Holm over all
+cells (tasks × ranks) of one method.
 """
 
 from __future__ import annotations
@@ -125,13 +125,14 @@ class Choice(NamedTuple):
 class Candidate:
     """Settings that were tried.
 
-    shortfall: what they lack to the best settings of the same method, averaged over tasks: points of accuracy as a fraction, or
-        relative loss; infinite where a run diverged, NaN where a run is missing
+    shortfall: what they lack to the best settings of the same method, averaged over tasks: accuracy as a fraction, or relative
+        loss; infinite where a run diverged, NaN where a run is missing
+    values: mean validation metric by task; None without a run, or where one diverged
     """
 
     config: dict
     shortfall: float
-    values: dict[str, list[float]]
+    values: dict[str, float | None]
     missing: tuple[str, ...]
 
 
@@ -160,16 +161,13 @@ def select_best(rows: Iterable[dict], rule: str) -> dict[Choice, dict]:
     """
     chosen = {}
     for choice, tried in candidates(rows, rule).items():
+        where = f"{choice.method}, rank {choice.rank:g}, {choice.task or 'all tasks'}"
         for candidate in tried:
             if candidate.missing:
-                raise ValueError(
-                    f"{choice.method}, rank {choice.rank:g}: settings {describe(candidate.config, tried[0].config)} have no run of "
-                    f"{', '.join(candidate.missing)}; finish the search first"
-                )
+                settings, missing = describe(candidate.config, tried[0].config), ", ".join(candidate.missing)
+                raise ValueError(f"{where}: settings {settings} have no run of {missing}; finish the search first")
         if math.isinf(tried[0].shortfall):
-            raise ValueError(
-                f"{choice.method}, rank {choice.rank:g}, {choice.task or 'all tasks'}: every run of the search diverged"
-            )
+            raise ValueError(f"{where}: all settings diverged; search smaller rates")
         chosen[choice] = tried[0].config
     return chosen
 
@@ -181,8 +179,8 @@ def describe(config: dict, beside: dict) -> str:
 
 
 def check_equal_budget(rows: Iterable[dict], tolerance: float = 0.01, exempt: Collection[str] = ()) -> None:
-    """Raises ValueError naming the cells whose trainable parameters differ between methods by more than `tolerance`, or whose heads
-    differ at all.
+    """Raises ValueError naming the cells whose trainable parameters differ between methods by more than `tolerance`, or whose
+    heads differ at all.
 
     exempt: methods whose adapter parameters are reported rather than required to be equal; their heads count all the same
     """
@@ -264,38 +262,42 @@ def _means(runs, levels, comparisons) -> list[MeanOverTasks]:
 
 
 def _ranked(tried: dict[str, dict[tuple[str, int], dict]]) -> list[Candidate]:
+    """Settings of one choice, by what they lack on average; those with missing runs last."""
     needed = {run for runs in tried.values() for run in runs}
-    values = {
-        config: {run: _validation(row) for run, row in runs.items()} for config, runs in tried.items()
-    }  # smaller is better
     tasks = sorted({task for task, _ in needed})
-    by_task = {
-        config: {task: [v for (t, _), v in sorted(found.items()) if t == task] for task in tasks}
-        for config, found in values.items()
-    }
-    best = {
-        task: min((float(np.mean(found[task])) for found in by_task.values() if found[task]), default=math.inf)
-        for task in tasks
-    }
-    kinds = {row["task"]: row.get("kind") for runs in tried.values() for row in runs.values() if "diverged" not in row}
+    values = {config: {task: _mean_validation(runs, task) for task in tasks} for config, runs in tried.items()}
+    best = {task: _best([found[task] for found in values.values()], _kind_of(tried, task)) for task in tasks}
     out = []
-    for text, found in by_task.items():
-        missing = tuple(f"{task} seed {seed}" for task, seed in sorted(needed - tried[text].keys()))
-        lacks = [_shortfall(found[task], best[task], kinds.get(task)) for task in tasks if found[task]]
-        shown = {task: [-v if kinds.get(task) == "classification" else v for v in found[task]] for task in tasks}
-        out.append(Candidate(json.loads(text), math.nan if missing else float(np.mean(lacks)), shown, missing))
-    return sorted(out, key=lambda c: (bool(c.missing), c.shortfall if not c.missing else 0.0, c.config["lr"], str(c.config)))
+    for config, runs in tried.items():
+        missing = tuple(f"{task} seed {seed}" for task, seed in sorted(needed - runs.keys()))
+        lacks = [_shortfall(values[config][task], best[task], _kind_of(tried, task)) for task in tasks]
+        shortfall = math.nan if missing else math.fsum(lacks) / len(lacks)
+        out.append(Candidate(json.loads(config), shortfall, values[config], missing))
+    return sorted(
+        out, key=lambda c: (bool(c.missing), 0.0 if c.missing else round(c.shortfall, 9), c.config["lr"], str(c.config))
+    )
 
 
-def _validation(row: dict) -> float:
-    if "diverged" in row:
+def _mean_validation(runs: dict[tuple[str, int], dict], task: str) -> float | None:
+    """None without a run, or where one diverged."""
+    rows = [row for (name, _), row in runs.items() if name == task]
+    if not rows or any("diverged" in row for row in rows):
+        return None
+    return math.fsum(row["validation"][METRIC[row["kind"]]] for row in rows) / len(rows)
+
+
+def _kind_of(tried: dict[str, dict[tuple[str, int], dict]], task: str) -> str:
+    """Of a task; a diverged run does not know it."""
+    rows = (row for runs in tried.values() for row in runs.values())
+    return next((row["kind"] for row in rows if row["task"] == task and "kind" in row), "classification")
+
+
+def _best(values: Sequence[float | None], kind: str) -> float | None:
+    known = [value for value in values if value is not None]
+    return (max if higher_is_better(kind) else min)(known, default=None)
+
+
+def _shortfall(value: float | None, best: float | None, kind: str) -> float:
+    if value is None or best is None:
         return math.inf
-    value = row["validation"][METRIC[row["kind"]]]
-    return -value if higher_is_better(row["kind"]) else value
-
-
-def _shortfall(values: list[float], best: float, kind: str | None) -> float:
-    mean = float(np.mean(values))
-    if math.isinf(mean):
-        return math.inf
-    return mean - best if kind == "classification" else mean / best - 1
+    return best - value if higher_is_better(kind) else value / best - 1
