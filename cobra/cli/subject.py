@@ -82,6 +82,9 @@ class Source:
             found = AutoTokenizer.from_pretrained(folder, local_files_only=True, **({"gguf_file": gguf} if gguf else {}))
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} holds no tokenizer that loads: {_first_line(error)}") from error
+        files = sorted({*found.vocab_files_names.values()})
+        if not gguf and not any((folder / name).is_file() for name in files):  # transformers makes an empty one
+            raise ValueError(f"{folder} holds no tokenizer: none of {', '.join(files)}; save the model's own there")
         if found.pad_token is None:
             found.pad_token = found.eos_token
         return found
