@@ -104,6 +104,18 @@ def test_regression_of_an_encoder(tmp_path):
     assert result.exit_code == 0, result.output
 
 
+def test_classes_by_name(tmp_path):
+    """A classifier's own names of its classes, and texts longer than its positions."""
+    names = {"id2label": {0: "rotten", 1: "fresh"}, "label2id": {"rotten": 0, "fresh": 1}, "max_position_embeddings": 16}
+    folder = model_folder(tmp_path / "m", "BertForSequenceClassification", **names)
+    data = written(tmp_path / "w.csv", [(text * 9, ("rotten", "fresh")[label]) for text, label in ROWS])
+    by_name = run(folder, data, "--out", tmp_path / "a", *QUICK)
+    assert by_name.exit_code == 0, by_name.output
+    numbered = written(tmp_path / "w.csv", [(text * 9, label) for text, label in ROWS])
+    run(folder, numbered, "--out", tmp_path / "b", *QUICK)
+    assert (tmp_path / "a" / "layers.csv").read_bytes() == (tmp_path / "b" / "layers.csv").read_bytes()
+
+
 def test_named_model_on_words(tmp_path):
     """MiniLM with its own names of layers, labels that are words, fewer rows than asked for."""
     data = written(tmp_path / "w.tsv", [(text, ("rotten", "fresh")[label]) for text, label in ROWS], delimiter="\t")
@@ -111,7 +123,7 @@ def test_named_model_on_words(tmp_path):
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("all-MiniLM-L6-v2, pretrained, 36 sites")
     assert "w.tsv has 4 rows, fewer than the 9 examples asked for" in result.stdout
-    assert "1 draws of 4 examples, not 3" in result.stdout
+    assert "w.tsv has rows for 1 of the 3 draws of 4 examples" in result.stdout
     assert "bert.encoder.layer.5.output.dense" in (tmp_path / "d" / "layers.csv").read_text(encoding="utf-8")
 
 
@@ -172,8 +184,14 @@ def test_files(tmp_path):
         ("a.csv", "text,label\nfine,1\ndull,NaN\n", [], "row 2: column 'label' is NaN"),
         ("a.csv", "text,label\nfine,1\n,0\n", [], "row 2: column 'text' is empty"),
         ("a.csv", "text,label\nfine\n", [], "row 1: column 'label' is empty"),
-        ("a.csv", "text,label\nfine,1\ndull,7\n", [], "label '7' is none of the model's classes: 0, 1"),
-        ("a.csv", "text,label\nfine,good\ndull,bad\n", [], "label 'bad' is none of the model's classes"),
+        (
+            "a.csv",
+            "text,label\nfine,1\ndull,7\n",
+            [],
+            "label '7' is none of the model's 2 classes: LABEL_0, LABEL_1, or their numbers",
+        ),
+        ("a.csv", "text,label\nfine,good\ndull,bad\n", [], "label 'bad' is none of the model's 2 classes"),
+        ("a.csv", "text,label\nfine,1\ndull,0.5\n", [], "label '0.5' is none of the model's 2 classes"),
         ("a.jsonl", '{"text": "fine", "label": 1}\n{"text": \n', [], "not a JSONL file"),
         ("a.jsonl", "[1, 2]\n", [], "row 1: expected an object with columns"),
         ("a.txt", "fine\n", [], "expected a file ending in .csv, .tsv, .jsonl"),

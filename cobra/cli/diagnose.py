@@ -27,6 +27,8 @@ FEWEST_FOR_HEAD = 64
 IMAGES = "random-images"
 TOKEN = "token:"
 
+Prepared = tuple[nn.Module, list, str, list[str]]
+
 
 @dataclass(frozen=True)
 class DiagnosisSettings:
@@ -121,7 +123,7 @@ def _baseline(baseline: str, model: nn.Module, source: Source) -> tuple[Baseline
     if not baseline.startswith(TOKEN):
         return baseline, []
     if source.task == "images":
-        raise ValueError(f"baseline={baseline!r} is for models of tokens, and {source.words} takes images")
+        raise ValueError(f"baseline={baseline!r} is an embedding, and {source.words} takes images")
     token, tokenizer = baseline.removeprefix(TOKEN), source.tokenizer()
     if token not in tokenizer.get_vocab():
         raise ValueError(f"baseline={baseline!r}: the tokenizer has no token {token!r}")
@@ -135,15 +137,16 @@ def _points(settings: DiagnosisSettings) -> Sequence[int]:
     return sorted({max(1, settings.steps // share) for share in (5, 2)} - {settings.steps})
 
 
-def _images(settings: DiagnosisSettings, source: Source) -> tuple:
+def _images(settings: DiagnosisSettings, source: Source) -> Prepared:
+    """(model, loaders, data in words, notes)"""
     draws = [
         image_batches(source.config, settings.examples, settings.batch_size, settings.seed + i) for i in range(settings.draws)
     ]
     return source.load(settings.seed), draws, "random images with random labels", []
 
 
-def _texts(settings: DiagnosisSettings, source: Source) -> tuple:
-    """(model, loaders, data in words, notes)"""
+def _texts(settings: DiagnosisSettings, source: Source) -> Prepared:
+    """As `_images`; draws share no example, and the head is fitted on none of them where there are enough."""
     labelled = source.task != "causal-lm"
     columns = Columns(settings.text, settings.label if labelled else None)
     examples = read_examples(settings.data, columns, settings.seed)
@@ -155,12 +158,12 @@ def _texts(settings: DiagnosisSettings, source: Source) -> tuple:
         size = len(examples)
     count = min(settings.draws, len(examples) // size)
     if count < settings.draws:
-        notes.append(f"{count} draws of {size} examples, not {settings.draws}: {settings.data} has {len(examples)} rows")
+        notes.append(f"{settings.data} has rows for {count} of the {settings.draws} draws of {size} examples")
     tokenizer = source.tokenizer()
 
     def batches(start: int, stop: int, batch_size: int = settings.batch_size):
         wanted = labels[start:stop] if labels is not None else None
-        return text_batches(examples[start:stop], wanted, tokenizer, batch_size, settings.longest)
+        return text_batches(examples[start:stop], wanted, tokenizer, batch_size, min(settings.longest, source.most_tokens))
 
     draws = [batches(i * size, (i + 1) * size) for i in range(count)]
     model = source.load(settings.seed)

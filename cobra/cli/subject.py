@@ -9,6 +9,7 @@ Model, ForMaskedLM, others      encoder          the encoder with mean pooling a
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,6 +77,11 @@ class Source:
     def random(self) -> bool:
         return self.folder is None
 
+    @property
+    def most_tokens(self) -> int:
+        """Of a text; two positions fewer than there are, which RoBERTa's kind does not count from zero."""
+        return getattr(self.config, "max_position_embeddings", sys.maxsize) - 2
+
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
         folder, gguf = self.tokens
         try:
@@ -85,8 +91,6 @@ class Source:
         files = sorted({*found.vocab_files_names.values()})
         if not gguf and not any((folder / name).is_file() for name in files):  # transformers makes an empty one
             raise ValueError(f"{folder} holds no tokenizer: none of {', '.join(files)}; save the model's own there")
-        if found.pad_token is None:
-            found.pad_token = found.eos_token
         return found
 
     def load(self, seed: int) -> nn.Module:

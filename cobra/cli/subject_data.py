@@ -46,7 +46,8 @@ def text_batches(examples: list[Example], labels: list | None, tokenizer, batch_
     short = next((e.text for e, ids in zip(examples, encodings, strict=True) if len(ids) < 1 + (labels is None)), None)
     if short is not None:
         raise ValueError(f"the text {short[:40]!r} has too few tokens")
-    return TextBatches(encodings, labels, batch_size, tokenizer.pad_token_id)
+    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # the mask covers it, whatever it is
+    return TextBatches(encodings, labels, batch_size, pad)
 
 
 def image_batches(config: PreTrainedConfig, examples: int, batch_size: int, seed: int) -> list[dict[str, Tensor]]:
@@ -66,20 +67,26 @@ def label_values(source: Source, examples: list[Example]) -> list[int] | list[fl
     """
     labels = [example.label for example in examples]
     numbers = as_numbers(labels)
-    if source.task == "regression" or (source.task == "encoder" and numbers and any(v != int(v) for v in numbers)):
+    fractional = next((label for label, v in zip(labels, numbers or [], strict=False) if v != int(v)), None)
+    if source.task == "regression" or (source.task == "encoder" and fractional is not None):
         if numbers is None:
             raise ValueError(f"{source.words} is a regression model, and a label is not a number")
         return numbers
-    known = sorted(set(labels)) if source.task == "encoder" else list(source.config.label2id)
-    ids = {name: i for i, name in enumerate(known)} if source.task == "encoder" else dict(source.config.label2id)
-    if source.task != "encoder" and numbers is not None:
-        ids = {label: int(float(label)) for label in set(labels)}
-        known = [str(i) for i in range(source.config.num_labels)]
-    bad = sorted({label for label in labels if label not in ids or not 0 <= ids[label] < max(len(known), 1)})
+    if source.task == "encoder":
+        ids = {label: i for i, label in enumerate(sorted(set(labels)))}
+        if len(ids) < 2:
+            raise ValueError(f"all labels are {labels[0]!r}; a head needs two classes")
+        return [ids[label] for label in labels]
+    if numbers is None or fractional is not None:
+        ids = dict(source.config.label2id)
+    else:
+        ids = {label: int(v) for label, v in zip(labels, numbers, strict=True) if 0 <= v < source.config.num_labels}
+    bad = sorted(set(labels) - ids.keys())
     if bad:
-        raise ValueError(f"label {bad[0]!r} is none of the model's classes: {', '.join(known[:8])}")
-    if source.task == "encoder" and len(known) < 2:
-        raise ValueError(f"all labels are {known[0]!r}; a head needs two classes")
+        known = ", ".join(list(source.config.label2id)[:8])
+        raise ValueError(
+            f"label {bad[0]!r} is none of the model's {source.config.num_labels} classes: {known}, or their numbers"
+        )
     return [ids[label] for label in labels]
 
 
