@@ -105,8 +105,11 @@ def predict(model: nn.Module, data: Encoded) -> Tensor:
     return out[:, 0] if data.labels.is_floating_point() else out
 
 
-def fit_head(model: MeanPoolClassifier, data: Encoded, weight_decay: float = 1e-4) -> None:
-    """The best linear head on the frozen features of the training examples: every method starts from the same good one."""
+def fit_head(model: MeanPoolClassifier, data: Encoded, weight_decay: float = 3e-3) -> None:
+    """A linear head on the frozen features of the training examples: every method starts from the same one.
+
+    weight_decay: near the best on validation for every task; a head that fits the examples exactly leaves an adapter no loss
+    """
     features = _features(model, data)
     regression = data.labels.is_floating_point()
     head, labels = model.classifier, data.labels

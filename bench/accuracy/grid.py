@@ -7,7 +7,6 @@ not tried again.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,48 +15,128 @@ import torch
 
 from bench.accuracy.recipe import PHASES, Recipe
 from bench.accuracy.rows import append_row, claim, read_rows
-from bench.accuracy.run import run
+from bench.accuracy.run import Diverged, run
+from bench.accuracy.statistics import select_best
 
-RATES = (1e-3, 3e-3, 1e-2)
-SEARCH_TASKS = ("hyper", "supersense")
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RANKS = (2, 8)
+SEEDS = (0, 1, 2, 3, 4)
+SEARCH_SEED = 100  # of no final run
+TASKS = ("supersense", "rt", "crowd", "kotz", "trec")
+SEARCH_TASKS = ("supersense", "rt", "trec")
+FACTOR_TASKS = ("supersense", "rt")
+
+# every setting is spelled out, so that a row keeps its meaning when a default changes
+PAPER = {
+    "gate": "concrete",
+    "prior_scale": "literal",
+    "prior_level": "group",
+    "fusion": "product",
+    "gamma": 5.0,
+    "beta": 0.01,
+    "open_probability": 0.5,
+    "init": "uniform",
+    "gate_lr_scale": 1.0,
+    "lora_B_lr_scale": 1.0,
+    "r_max_multiple": 2,
+    "cut": 1.0,
+}
+COBRA = {
+    **PAPER,
+    "gate": "mean",
+    "prior_scale": "log",
+    "prior_level": "rank",
+    "gamma": 1.0,
+    "open_probability": 0.95,
+    "init": "gradient",
+    "cut": 0.4,
+}
+SETTINGS = {"paper": PAPER, "cobra": COBRA}
+FACTORS = (
+    {},
+    {"gate": "open", "r_max_multiple": 1},
+    {"init": "uniform"},
+    {"minimum": 1},
+    {"fusion": "gradient"},
+    {"fusion": "contribution"},
+    {"prior_level": "group"},
+    {"gate_lr_scale": 30.0},
+    {"gate": "concrete"},
+    {"cut": 0.1},
+    {"gamma": 0.0},
+    {"r_max_multiple": 4},
+    {"fusion": "sum"},
+    {"gate": "straight_through"},
+    {"cut": 0.8},
+    {"open_probability": 0.5},
+    {"lora_B_lr_scale": 8.0},
+    {"beta": 1.0},
+)
+FACTOR_RATE = 2e-3
 
 
 def search() -> Iterator[Recipe]:
-    """The same rates for every method, on validation."""
-    for rank in (2, 8):
+    """The same learning rates for every method, on validation, at the small budget."""
+    for method in ("lora", "cobra", "adalora", "paper"):
         for task in SEARCH_TASKS:
             for rate in RATES:
-                for method in ("lora", "adalora"):
-                    yield Recipe("search", task, method, rank, rate, seed=100)
+                yield _recipe("search", task, method, 2, rate, SEARCH_SEED)
 
 
-def recipes(phase: str) -> list[Recipe]:
-    return list({"search": search}[phase]())
+def factor() -> Iterator[Recipe]:
+    """One factor at a time from COBRA's form, on validation."""
+    for change in FACTORS:
+        for task in FACTOR_TASKS:
+            yield _recipe("factor", task, "cobra", 2, FACTOR_RATE, SEARCH_SEED).with_settings(**change)
+
+
+def final() -> Iterator[Recipe]:
+    """Every method at the rate that its search found, on test."""
+    rates = _rates()
+    for rank in RANKS:
+        for seed in SEEDS:
+            for task in TASKS:
+                for method in ("lora", "cobra", "adalora"):
+                    if method in rates:
+                        yield _recipe("final", task, method, rank, rates[method], seed)
+
+
+def _rates() -> dict[str, float]:
+    """Method -> learning rate with the best mean over the search tasks."""
+    return {choice.method: row["config"]["lr"] for choice, row in select_best(read_rows(), "over tasks").items()}
+
+
+def _recipe(phase: str, task: str, method: str, rank: int, rate: float, seed: int) -> Recipe:
+    return Recipe(phase, task, method, rank, rate, seed, settings=tuple(SETTINGS.get(method, {}).items()))
 
 
 def work(phase: str, minutes: float, data: Path | None) -> None:
     """Fills missing rows of a phase, in order, and starts none after the time is up."""
     until = time.monotonic() + 60 * minutes
-    planned = recipes(phase)
+    planned = list({"search": search, "factor": factor, "final": final}[phase]())
     for recipe in planned:
         if time.monotonic() > until:
             break
         with claim(recipe.key) as mine:
-            if not mine or recipe.key in {row["key"] for row in read_rows()}:
-                continue
-            print(f"{time.strftime('%H:%M:%S')} {recipe.task} {recipe.method} r={recipe.average_rank:g} lr={recipe.lr:g} "
-                  f"seed {recipe.seed} {recipe.options or ''}", flush=True)  # fmt: skip
-            append_row(_row(recipe, data))
-    done = {row["key"] for row in read_rows()}
+            if mine and recipe.key not in _done():
+                print(f"{time.strftime('%H:%M:%S')} {_title(recipe)}", flush=True)
+                append_row(_row(recipe, data))
+    done = _done()
     print(f"{sum(recipe.key in done for recipe in planned)} of {len(planned)} rows of phase {phase} are there")
+
+
+def _done() -> set[str]:
+    return {row["key"] for row in read_rows()}
+
+
+def _title(recipe: Recipe) -> str:
+    return f"{recipe.task} {recipe.method} rank {recipe.average_rank:g} lr {recipe.lr:g} seed {recipe.seed}"
 
 
 def _row(recipe: Recipe, data: Path | None) -> dict:
     try:
         return run(recipe, data)
-    except ValueError as error:
-        if "the loss of step" not in str(error) and "diverged" not in str(error):
-            raise
+    except Diverged as error:
         return {"key": recipe.key, "phase": recipe.phase, "config": recipe.to_dict(), "diverged": str(error)}
 
 
@@ -73,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -164,7 +164,8 @@ def _adalora(recipe: Recipe, model: nn.Module, shapes: dict[str, int], common: d
 def _cobra(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None) -> Attached:
     options = recipe.options
     sites = [s for s in find_sites(model) if scores is None or s.name not in scores.unused]
-    budget = cobra.Budget(budget_parameters(sites, recipe.average_rank), "parameters")
+    amount = budget_parameters(sites, recipe.average_rank)
+    budget = cobra.Budget(amount, "parameters", minimum=options.pop("minimum", 0))
     if recipe.method in ("uniform", "random", "plan"):
         return _fixed(recipe, model, scores, budget)
     cut = round(options.pop("cut", CUT) * recipe.steps)

@@ -28,6 +28,10 @@ from bench.accuracy.tasks import Example, Task, load_task, sample
 PACKAGES = ("torch", "transformers", "peft", "cobra-peft")
 
 
+class Diverged(ValueError):
+    """A training whose loss is not finite; the message names the step."""
+
+
 @dataclass
 class Seconds:
     spent: dict[str, float] = field(default_factory=dict)
@@ -58,7 +62,7 @@ class Start:
 
 
 def run(recipe: Recipe, data: Path | None = None) -> dict:
-    """Trains and evaluates. Raises ValueError where the training diverged."""
+    """Trains and evaluates. Raises Diverged."""
     start = _start(recipe.task, data, recipe.examples, recipe.seed, recipe.noise, recipe.max_length, recipe.precision)
     task, train, seconds = start.task, start.train, Seconds()
     model = start.model(recipe.dropout)
@@ -175,7 +179,7 @@ def _train(attached: Attached, train: Encoded, recipe: Recipe) -> list[float]:
         attached.optimizer.zero_grad()
         losses.append(loss.item())
         if not loss.isfinite():
-            raise ValueError(f"{recipe.method} on {recipe.task}, lr {recipe.lr:g}: the loss of step {step} is {loss.item()}")
+            raise Diverged(f"{recipe.method} on {recipe.task}, lr {recipe.lr:g}: the loss of step {step} is {loss.item()}")
     return losses
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from bench.accuracy import sources, wordnet
 from bench.accuracy.lazydata import read_data_frame
 
-VALIDATION, TEST = 500, 1500
+VALIDATION, TEST = 1000, 1500
 POOL = 20_000  # training examples to draw from, at most
 VALIDATION_LANGUAGE, TEST_LANGUAGE = 100, 500
 WINDOW = 1000  # characters of a window of dictionary text, at least
@@ -302,7 +302,7 @@ _PACKAGED: dict[str, tuple[str, int, str, Callable[[], Splits]]] = {
     ),
     "amazon": (
         "regression", 1, "vaderSentiment 3.3.2 (source distribution): sentences of Amazon reviews, label is the mean rating / "
-        "4; split by text", partial(_vader, "amazon", "amazonReviewSnippets", test=1100),
+        "4; split by text", partial(_vader, "amazon", "amazonReviewSnippets", test=1100, validation=500),
     ),
     "gcide": (
         "language", 0, "dict-gcide 0.48.5+nmu2: dictionary text in windows of paragraphs; split by runs of 50 windows", _gcide,
