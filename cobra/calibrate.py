@@ -14,8 +14,9 @@ from cobra import distributed, objective
 from cobra.batch import Batch, model_device
 from cobra.conductance import Attribution, attribute
 from cobra.config import CHOICES, TargetModules
+from cobra.directions import GradientSums, top_directions
 from cobra.entry import Baseline, find_entry
-from cobra.gradient import GradientNorms, gradient_norms, top_directions
+from cobra.gradient import GradientNorms, gradient_norms
 from cobra.linear import CobraLinear
 from cobra.path import path_rule
 from cobra.progress import Progress
@@ -56,8 +57,8 @@ def calibrate(
         together where there are several, each taking an equal share from the start of its own loader
     target_modules: as in `CobraConfig`
     chunk_bytes: activation memory the path sweep may take; larger chunks are not faster on a CPU
-    directions: leading gradient directions to keep of every layer, for init="gradient" and prior_level="rank"; takes memory of
-        the target weights in fp32 while it runs
+    directions: leading gradient directions to keep of every layer, for init="gradient" and prior_level="rank"; takes the memory
+        of the target weights in fp32 while it runs, 512 rows of each at most where they have over 2,048
 
     Where torch.distributed is initialised, every rank calls it with a loader of its own part of the examples; all get the
     scores of all examples, those of rank 0 first.
@@ -122,7 +123,7 @@ class _Collected:
     def __init__(self):
         self.squared, self.attributed, self.entry, self.change = [], [], [], []
         self.called, self.reached, self.batches = frozenset(), frozenset(), 0
-        self.sums: dict[int, Tensor] = {}
+        self.sums = GradientSums()
 
     @classmethod
     def of(cls, ranks: list[distributed.Results]) -> _Collected:
@@ -137,8 +138,7 @@ class _Collected:
                 getattr(collected, name).extend([tensors[name]] if name in tensors else [])
             for name, tensor in tensors.items():
                 if name.startswith("sum."):
-                    site = int(name.removeprefix("sum."))
-                    collected.sums[site] = collected.sums[site] + tensor if site in collected.sums else tensor
+                    collected.sums.merge(int(name.removeprefix("sum.")), tensor)
             collected.called |= frozenset(values["called"])
             collected.reached |= frozenset(values["reached"])
             collected.batches += values["batches"]
@@ -149,7 +149,7 @@ class _Collected:
         lists = {"squared": self.squared, "attributed": self.attributed, "entry": self.entry, "change": self.change}
         values = {"called": sorted(self.called), "reached": sorted(self.reached), "batches": self.batches}
         tensors = {name: torch.cat(found) for name, found in lists.items() if found}
-        return tensors | {f"sum.{i}": total.cpu() for i, total in self.sums.items()}, {**values, "measured": measured}
+        return tensors | {f"sum.{i}": total.cpu() for i, total in self.sums.totals.items()}, {**values, "measured": measured}
 
     def add(self, counted: Tensor, norms: GradientNorms, attribution: Attribution) -> None:
         self.squared.append(norms.squared[counted])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cobra.batch import Batch
+from cobra.directions import GradientSums
 from cobra.entry import Entry
 from cobra.sites import Site
 from cobra.watch import SavedBytes, Snapshot, per_example, watching, writes_in_place
@@ -40,12 +41,12 @@ class GradientNorms:
 
 
 def gradient_norms(
-    model: nn.Module, sites: Sequence[Site], entry: Entry, batch: Batch, loss: Loss, sums: dict[int, Tensor] | None = None
+    model: nn.Module, sites: Sequence[Site], entry: Entry, batch: Batch, loss: Loss, sums: GradientSums | None = None
 ) -> GradientNorms:
     """Per-example gradient norms of one batch; the model must be frozen (`cobra.watch.frozen`).
 
     loss: (outputs, batch) -> (batch,)
-    sums: site index -> (N, K) fp32, to which the batch's summed gradient ∇_W Σ L is added
+    sums: to which the batch's gradients ∇_W Σ L are added
     """
     try:
         return _batched(model, sites, entry, batch, loss, sums)
@@ -58,7 +59,7 @@ class _UsedOnSharedInput(Exception):
 
 
 def _batched(
-    model: nn.Module, sites: Sequence[Site], entry: Entry, batch: Batch, loss: Loss, sums: dict[int, Tensor] | None
+    model: nn.Module, sites: Sequence[Site], entry: Entry, batch: Batch, loss: Loss, sums: GradientSums | None
 ) -> GradientNorms:
     copy = writes_in_place(model)
     calls: dict[int, int] = {}
@@ -79,7 +80,7 @@ def _batched(
             pair = per_example(snapshot.take(), batch.size, name), per_example(grad.detach(), batch.size, name)
             arrived.setdefault(index, []).append(pair)
             if sums is not None:
-                _add_gradient(sums, index, *pair)
+                sums.add(index, *pair)
             if len(arrived[index]) == calls[index]:
                 squared[:, index] = _joined_norm(arrived.pop(index)).cpu().double()
                 reached.add(index)
@@ -102,28 +103,6 @@ def _batched(
         squared[:, index] = _joined_norm(pairs).cpu().double()
         reached.add(index)
     return GradientNorms(squared, losses.detach(), frozenset(calls), frozenset(reached), saved.total // batch.size)
-
-
-def _add_gradient(sums: dict[int, Tensor], index: int, x: Tensor, grad: Tensor) -> None:
-    x, grad = x.flatten(0, 1).float(), grad.flatten(0, 1).float()
-    if index not in sums:
-        sums[index] = torch.zeros(grad.shape[1], x.shape[1], device=x.device)
-    sums[index].addmm_(grad.t(), x)
-
-
-def top_directions(gradient: Tensor, count: int) -> Tensor:
-    """Where in a layer's input a low-rank update helps most: the gradient's leading right singular vectors, each times its
-    singular value. To first order lora_A = these rows is the best start there is (LoRA-GA, Wang et al. 2024).
-
-    gradient: (N, K) -> (min(count, N, K), K) fp32, the strongest first, each row's largest element positive
-    """
-    G = gradient.double()
-    N, K = G.shape
-    values, vectors = torch.linalg.eigh(G @ G.t() if N < K else G.t() @ G)
-    leading = vectors[:, values.argsort(descending=True)[:count]]
-    rows = leading.t() @ G if N < K else values.clamp(min=0).sqrt().sort(descending=True).values[:count, None] * leading.t()
-    peak = rows.gather(1, rows.abs().argmax(1, keepdim=True))
-    return (rows * torch.where(peak < 0, -1.0, 1.0)).float()
 
 
 def _joined(parts: list[GradientNorms]) -> GradientNorms:

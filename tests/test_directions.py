@@ -7,7 +7,8 @@ import torch
 from models import Mlp, attached, image_batch, layers_of, mlp_batch, vit
 
 import cobra
-from cobra.gradient import top_directions
+from cobra import directions as module
+from cobra.directions import GradientSums, top_directions
 from cobra.prior import fuse
 from cobra.sites import find_sites
 
@@ -27,6 +28,23 @@ def test_top_directions_are_the_svd(shape):
     torch.testing.assert_close(found.norm(dim=1), values[: len(found)], rtol=1e-5, atol=1e-6)
     cosines = torch.nn.functional.cosine_similarity(found, rows[: len(found)]).abs()
     torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=1e-5, atol=0)
+
+
+def test_wide_layers_are_sketched():
+    """With 512 of 4,096 rows the strong directions and their strengths are still the gradient's."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(4096, 3, generator=generator), torch.randn(48, 3, generator=generator)
+    left, right = torch.linalg.qr(left).Q, torch.linalg.qr(right).Q
+    strengths = torch.tensor([9.0, 6.0, 4.0])
+    noise = 0.01 * torch.randn(4096, 48, generator=generator)
+    G = left * strengths @ right.t() + noise
+    sums = GradientSums()
+    sums.add(0, torch.eye(48)[None], G.t()[None])  # Σ grad xᵀ = G
+    assert sums.totals[0].shape == (module.SKETCH, 48)
+    found = top_directions(sums.totals[0], 3)
+    torch.testing.assert_close(found.norm(dim=1), strengths, rtol=0.15, atol=0)
+    overlap = torch.nn.functional.normalize(found, dim=1) @ right
+    assert torch.linalg.svdvals(overlap).min() > 0.99
 
 
 def test_directions_are_of_the_mean_gradient():
