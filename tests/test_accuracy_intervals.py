@@ -28,11 +28,12 @@ def test_coverage(seed_sd, example_sd):
     assert 0.905 <= held / runs <= 0.99
 
 
-@pytest.mark.parametrize(("seed_sd", "example_sd"), SOURCES)
-def test_level(seed_sd, example_sd):
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize(("seed_sd", "example_sd"), [(0.03, 0.0), (0.0, 0.3)])
+def test_level(seed_sd, example_sd, seeds):
     """p ≤ 0.05 in 5 %, p ≤ 0.01 in 1 % of draws without a difference; four times the simulation's error is 2.2 and 1 points."""
     rng = np.random.default_rng(5)
-    found = np.array([estimate(draw(rng, 5, 60, seed_sd, example_sd), resamples=2).p for _ in range(1600)])
+    found = np.array([estimate(draw(rng, seeds, 60, seed_sd, example_sd), resamples=2).p for _ in range(1600)])
     assert abs((found <= 0.05).mean() - 0.05) < 0.022
     assert (found <= 0.01).mean() < 0.02
 
@@ -66,7 +67,17 @@ def test_analysis_of_variance_by_hand():
     assert found.seed_variance == pytest.approx(4 / 4)
     assert found.variance == pytest.approx((4 + 4) / 4)
     assert found.df == pytest.approx(8**2 / 4**2)
-    assert found.p == pytest.approx(2 * stats.t.sf(2 / math.sqrt(2), 4))
+    assert found.p_seeds == pytest.approx(2 * stats.t.sf(2, 1))
+    assert found.p == found.p_seeds > 2 * stats.t.sf(2 / math.sqrt(2), 4)
+
+
+def test_examples_decide_where_they_vary_more():
+    """Seed means 1.9 and 2.1, example means 0 and 4: the variance of examples is what makes the difference uncertain."""
+    found = estimate(np.array([[-0.1, 3.9], [0.1, 4.1]]))
+    assert found.variance == pytest.approx(0.2**2 / 2 / 2 + 4**2 / 2 / 2)
+    assert found.df == pytest.approx(found.variance**2 / 0.01**2)
+    assert found.p == pytest.approx(2 * stats.t.sf(2 / math.sqrt(found.variance), found.df))
+    assert found.p > found.p_seeds
 
 
 def test_interaction_alone_adds_nothing_for_examples():

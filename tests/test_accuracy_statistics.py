@@ -102,13 +102,15 @@ def test_without_lora_there_are_levels_only():
 
 def test_diverged_runs_are_kept_apart():
     found = summarise([*study({"lora": 0.7}), row("cobra", diverged=True)], FEW)
-    assert [r["method"] for r in found.diverged] == ["cobra"]
+    cell = Cell("minilm", "hyper", 2)
+    assert found.diverged == {(cell, "cobra"): 1}
+    assert found.methods([cell]) == ["lora", "cobra"]
     assert found.comparisons == []
 
 
 def test_no_rows():
     found = summarise([])
-    assert (found.runs, found.diverged, found.levels, found.comparisons, found.means) == ({}, [], {}, [], [])
+    assert (found.runs, found.diverged, found.levels, found.comparisons, found.means) == ({}, {}, {}, [], [])
 
 
 def search(method="cobra", rank=2, **values: list[float]) -> list[dict]:

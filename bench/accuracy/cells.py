@@ -69,11 +69,18 @@ def task_label(rows: Sequence[dict]) -> Callable[[dict], str]:
     return label
 
 
-def group(rows: Sequence[dict]) -> dict[Cell, dict[str, Runs]]:
-    """Cell → method → seed → row. Raises ValueError where a method has two rows of one seed."""
-    label, cells = task_label(rows), defaultdict(lambda: defaultdict(dict))
+def cell_of(row: dict, label: Callable[[dict], str]) -> Cell:
+    return Cell(row["model"], label(row), row["average_rank"])
+
+
+def group(rows: Sequence[dict], label: Callable[[dict], str] | None = None) -> dict[Cell, dict[str, Runs]]:
+    """Cell → method → seed → row. Raises ValueError where a method has two rows of one seed.
+
+    label: names tasks; by default from these rows
+    """
+    label, cells = label or task_label(rows), defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        cell = Cell(row["model"], label(row), row["average_rank"])
+        cell = cell_of(row, label)
         runs = cells[cell][row["method"]]
         other = runs.setdefault(row["seed"], row)
         if other is not row:

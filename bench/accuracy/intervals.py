@@ -6,23 +6,24 @@ sources of error follow: seeds (variance a), examples (b), and their interaction
     resampling seeds, then examples      counts e three times, and draws 5 seeds as if they were many
     paired t over seeds                  takes the test set as given; error b is missing
 
-Measured, 95 % intervals of 5 seeds × 300 examples (true coverage in %, 1500 draws each), with e = 0.3 throughout:
-
-    a, b             both resampled    t over seeds    interval here    test here
-    0,    0               99.3             95.5             95.1           95.5
-    0.02, 0               97.6             94.9             93.7           94.7
-    0,    0.2             97.7             80.1             95.4           94.0
-    0.02, 0.2             96.5             86.5             96.4           94.5
-
 Interval: seeds and examples are each resampled, on the margins of the matrix; the deviations from the mean add up, which leaves
 the interaction out of the crossing. The seeds' part is stretched to a t quantile of its degrees of freedom (as Hesterberg 2015
 does for one sample), the examples' part shrunk by the interaction that their margin still holds (as Carpenter et al. 2003
-rescale residuals).
+rescale residuals). True coverage in % at 5 seeds × 300 examples, e = 0.3, 1,500 draws:
+
+    a, b             both resampled    t over seeds    the interval here
+    0,    0               99.3             95.5             95.1
+    0.02, 0               97.6             94.9             93.7
+    0,    0.2             97.7             80.1             95.4
+    0.02, 0.2             96.5             86.5             96.4
 
 Test: the two-way analysis of variance of reader studies, with readers = seeds and cases = examples: variance
-(MS_a + max(MS_b − MS_e, 0)) / (S n), t with Hillis' degrees of freedom (Hillis 2007). This `p` is the one that is valid with 5
-seeds, for new seeds and new examples. `p_seeds` is the t over seeds, valid for this test set alone. `p_bootstrap` inverts the
-interval; it is calibrated at 5 % only, since 5 seeds say little about tails, and bounded below by 2 / resamples.
+(MS_a + max(MS_b − MS_e, 0)) / (S n), and t with Hillis' degrees of freedom (Hillis 2007). These can be many where MS_a is small
+by chance, so `p` is the larger of this and of the t over seeds. It is valid for new seeds and new examples: without a
+difference, p ≤ 0.05 / 0.01 / 0.0028 came in at most 5.6 / 1.2 / 0.3 % of 10,000 draws, with 3 seeds and with 5, for a up to
+0.03 and b up to 0.3 (100 examples; Hillis' alone 7.0 / 2.6 / 1.4 % with 3 seeds). `p_seeds`, the paired t over seeds, holds for
+this test set alone. `p_bootstrap` inverts the interval; it is calibrated near 5 % only, since 5 seeds say little about tails,
+and is never below 2 / resamples. Corrected p-values start from `p`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % interval and p-values against 0; NaN where there is one seed only.
+    """A mean with its 95 % interval and p-values against 0; NaN where there is one seed only. `p` is the one to report.
 
     variance, df: of the mean over seeds and examples; seed_variance, seed_df: over seeds alone
     seed_part, example_part: resampled deviations from the mean, (resamples,) each, not stretched yet
@@ -176,7 +177,8 @@ def _finish(mean, seeds, variance, df, seed_variance, seed_df, seed_part, exampl
         else:
             half = _t(df) * math.sqrt(variance)
             low, high = float(mean - half), float(mean + half)
-    p, p_seeds = _t_test(mean, variance, df), _t_test(mean, seed_variance, seed_df)
+    p_seeds = _t_test(mean, seed_variance, seed_df)
+    p = max(_t_test(mean, variance, df), p_seeds)
     return Estimate(
         float(mean), low, high, p, p_seeds, float(p_bootstrap), seeds, float(variance), float(df), float(seed_variance),
         float(seed_df), seed_part, example_part

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from bench.accuracy.cells import (
     METRIC,
     Cell,
     Runs,
+    cell_of,
     differing,
     flat,
     group,
@@ -31,12 +32,12 @@ from bench.accuracy.cells import (
     of_phase,
     sort_methods,
     stream,
+    task_label,
     with_fields,
 )
 from bench.accuracy.intervals import RESAMPLES, Estimate, estimates, holm, mean_of, relative
 
 ALPHA = 0.05
-FEWEST_SEEDS = 3
 
 
 @dataclass(frozen=True)
@@ -69,25 +70,36 @@ class MeanOverTasks:
 class Summary:
     """Everything that tables and figures show of the final rows.
 
-    runs: cell → method → seed → row; levels: accuracy or loss by cell and method
+    runs: cell → method → seed → row; levels: accuracy or loss by cell and method; diverged: number of runs that did
     """
 
     runs: dict[Cell, dict[str, Runs]]
-    diverged: list[dict]
+    diverged: Counter[tuple[Cell, str]]
     levels: dict[tuple[Cell, str], Estimate]
     comparisons: list[Comparison]
     means: list[MeanOverTasks]
 
     def kind(self, cell: Cell) -> str:
-        return next(iter(next(iter(self.runs[cell].values())).values()))["kind"]
+        return _kind(self.runs[cell])
 
-    def methods(self, cells: Iterable[Cell]) -> list[str]:
-        return sort_methods(method for cell in cells for method in self.runs[cell])
+    def settings(self) -> list[tuple[str, float]]:
+        """Models and ranks."""
+        return sorted({(cell.model, cell.rank) for cell in self.runs})
+
+    def cells(self, model: str, rank: float) -> list[Cell]:
+        """Classification first."""
+        return sorted((c for c in self.runs if (c.model, c.rank) == (model, rank)), key=lambda c: (self.kind(c), c))
+
+    def methods(self, cells: Sequence[Cell]) -> list[str]:
+        finished = {method for cell in cells for method in self.runs[cell]}
+        return sort_methods(finished | {method for cell, method in self.diverged if cell in cells})
 
 
 def summarise(rows: Sequence[dict], resamples: int = RESAMPLES) -> Summary:
     """Levels, gains and means of the rows of phase "final"."""
-    runs = group(of_phase(rows, "final"))
+    finished, diverged = of_phase(rows, "final"), of_phase(rows, "final", diverged=True)
+    label = task_label([*finished, *diverged])
+    runs, failed = group(finished, label), Counter((cell_of(row, label), row["method"]) for row in diverged)
     levels, comparisons = {}, []
     by_stream = defaultdict(list)
     for cell in runs:
@@ -100,7 +112,7 @@ def summarise(rows: Sequence[dict], resamples: int = RESAMPLES) -> Summary:
         comparisons += [Comparison(cell, _kind(runs[cell]), method, next(found)) for cell, method, _ in paired]
     comparisons = _corrected(sorted(comparisons, key=lambda c: (c.cell, sort_methods(runs[c.cell]).index(c.method))))
     comparisons = [replace(c, verdict=_verdict(c)) for c in comparisons]
-    return Summary(runs, of_phase(rows, "final", diverged=True), levels, comparisons, _means(runs, levels, comparisons))
+    return Summary(runs, failed, levels, comparisons, _means(runs, levels, comparisons))
 
 
 def win_tie_loss(comparisons: Iterable[Comparison]) -> dict[tuple[str, float, str], tuple[int, int, int]]:

@@ -1,0 +1,102 @@
+"""The factor study: settings that differ from the reference in one thing, judged on validation."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.accuracy.cells import METRIC, differing, flat, higher_is_better, of_phase
+from bench.accuracy.intervals import Estimate, mean_of, seeds_estimate
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a change of the reference's settings brings on validation.
+
+    changed: "name: reference → value", or "" for the reference itself
+    gains: by task, positive where the change is better: accuracy as a fraction, or the relative fall of the loss; for the
+        reference its level
+    mean: over all classification tasks of the study, None where one is missing
+    runs: pairs of runs compared; diverged: runs of these settings that did
+    """
+
+    model: str
+    rank: float
+    changed: str
+    gains: dict[str, Estimate]
+    mean: Estimate | None
+    runs: int
+    diverged: int
+
+
+def effects(rows: Sequence[dict]) -> list[Effect]:
+    """For every model and rank the reference, then its changes, best first.
+
+    The reference is the configuration from which the others differ in the fewest fields; it too must be of phase "factor".
+    """
+    finished, diverged = of_phase(rows, "factor"), of_phase(rows, "factor", diverged=True)
+    studies = defaultdict(lambda: defaultdict(dict))
+    failed = defaultdict(int)
+    for row in finished:
+        studies[row["model"], row["average_rank"]][_settings(row)][row["task"], row["seed"]] = row
+    for row in diverged:
+        studies[row["model"], row["average_rank"]].setdefault(_settings(row), {})
+        failed[_settings(row)] += 1
+    found = []
+    for (model, rank), configs in sorted(studies.items()):
+        reference = _reference(configs)
+        changes = [
+            _effect(model, rank, configs, config, reference, failed[config]) for config in configs if config != reference
+        ]
+        changes.sort(key=lambda e: (e.mean is None, -e.mean.mean if e.mean else 0.0, e.changed))
+        found += [_effect(model, rank, configs, reference, reference, failed[reference]), *changes]
+    return found
+
+
+def _settings(row: dict) -> str:
+    return json.dumps({k: v for k, v in row["config"].items() if k not in ("phase", "task", "seed")}, sort_keys=True)
+
+
+def _reference(configs: dict[str, dict]) -> str:
+    read = {text: json.loads(text) for text in configs}
+
+    def distance(text: str) -> tuple[int, int, str]:
+        return sum(len(differing(read[text], other)) for other in read.values()), -len(configs[text]), text
+
+    return min(configs, key=distance)
+
+
+def _effect(model: str, rank: float, configs: dict, config: str, reference: str, diverged: int) -> Effect:
+    ours, theirs = configs[config], configs[reference]
+    by_task, kinds = defaultdict(list), {task: row["kind"] for (task, _), row in theirs.items()}
+    for run in sorted(ours.keys() & theirs.keys()):
+        by_task[run[0]].append(_value(theirs[run]) if config == reference else _gain(ours[run], theirs[run]))
+    gains = {task: seeds_estimate(values) for task, values in by_task.items()}
+    classification = [task for task, kind in kinds.items() if kind == "classification"]
+    complete = classification and all(task in gains for task in classification)
+    mean = mean_of([gains[task] for task in sorted(set(classification))]) if complete else None
+    changed = "" if config == reference else _changed(json.loads(reference), json.loads(config))
+    return Effect(model, rank, changed, gains, mean, sum(map(len, by_task.values())), diverged)
+
+
+def _value(row: dict) -> float:
+    return row["validation"][METRIC[row["kind"]]]
+
+
+def _gain(ours: dict, theirs: dict) -> float:
+    if higher_is_better(ours["kind"]):
+        return _value(ours) - _value(theirs)
+    return 1 - _value(ours) / _value(theirs)
+
+
+def _changed(reference: dict, config: dict) -> str:
+    ours, theirs = flat(config), flat(reference)
+    return "; ".join(f"{name}: {_shown(theirs, name)} → {_shown(ours, name)}" for name in sorted(differing(reference, config)))
+
+
+def _shown(config: dict, name: str) -> str:
+    if name not in config:
+        return "default"
+    return f"{config[name]:g}" if isinstance(config[name], float) else str(config[name])

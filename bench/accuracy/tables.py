@@ -1,0 +1,289 @@
+"""The tables of docs/evidence.md, each a function from rows and their summary to Markdown.
+
+A missing cell is "–". ± is half of the 95 % interval, the number of seeds stands in parentheses, and † marks fewer than 3.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from bench.accuracy.cells import BASELINE, Cell, Runs, of_phase, sort_methods
+from bench.accuracy.factors import Effect, effects
+from bench.accuracy.formats import (
+    EMPTY,
+    MISSING,
+    interval,
+    listed,
+    markdown,
+    median,
+    number,
+    p_value,
+    percent,
+    plain,
+    points,
+    seeds,
+)
+from bench.accuracy.intervals import Estimate, mean_of, seeds_estimate
+from bench.accuracy.statistics import Candidate, Summary, candidates, describe, win_tie_loss
+
+LEVEL = {"classification": "accuracy %, ↑", "regression": "MSE, ↓", "language": "NLL, ↓"}
+GAIN = {"classification": "points", "regression": "% less MSE", "language": "% less NLL"}
+SECONDARY = {
+    "classification": {"macro_f1": "F1", "mcc": "MCC"},
+    "regression": {"mae": "MAE", "pearson": "Pearson", "spearman": "Spearman"},
+    "language": {},
+}
+CALIBRATION = {"nll": "NLL", "ece": "ECE", "brier": "Brier"}
+
+
+def runs(rows: Sequence[dict], summary: Summary) -> str:
+    """How many rows there are, of what."""
+    out = []
+    for phase in sorted({row["phase"] for row in rows}):
+        done, failed = of_phase(rows, phase), of_phase(rows, phase, diverged=True)
+        both = [*done, *failed]
+        fields = [listed(sorted({row[name] for row in both})) for name in ("task", "average_rank", "seed")]
+        methods = listed(sort_methods(row["method"] for row in both))
+        out.append((phase, len(done), len(failed), methods, *fields, listed(sorted({row["machine"] for row in done}))))
+    return markdown(("phase", "runs", "diverged", "methods", "tasks", "ranks", "seeds", "machines"), out)
+
+
+def main(rows: Sequence[dict], summary: Summary) -> str:
+    """Test accuracy or loss: methods down, tasks across, one table a rank; the mean is that of accuracies."""
+
+    def table(model: str, rank: float, cells: list[Cell]) -> str:
+        means = {m.method: m.level for m in summary.means if (m.model, m.rank, m.kind) == (model, rank, "classification")}
+        header = ["method", *(f"{cell.task} ({LEVEL[summary.kind(cell)]})" for cell in cells), "mean accuracy"]
+        return markdown(
+            header,
+            [(m, *(_level(summary, cell, m) for cell in cells), percent(means.get(m))) for m in summary.methods(cells)],
+        )
+
+    return _by_rank(summary, table)
+
+
+def secondary(rows: Sequence[dict], summary: Summary) -> str:
+    """The other metrics of predictions, means over seeds."""
+
+    def table(model: str, rank: float, cells: list[Cell]) -> str:
+        names = {cell: SECONDARY[summary.kind(cell)] for cell in cells if SECONDARY[summary.kind(cell)]}
+        header = ["method", *(f"{cell.task} ({' / '.join(of.values())})" for cell, of in names.items())]
+        found = summary.runs
+        return markdown(
+            header, [(m, *(_metrics(found[cell].get(m), of) for cell, of in names.items())) for m in summary.methods(cells)]
+        )
+
+    return _by_rank(summary, table)
+
+
+def calibration(rows: Sequence[dict], summary: Summary) -> str:
+    """NLL, ECE and Brier score by task, and their means over classification tasks with the interval over seeds."""
+
+    def table(model: str, rank: float, cells: list[Cell]) -> str:
+        cells = [cell for cell in cells if summary.kind(cell) == "classification"]
+        header = [
+            "method",
+            *(f"{cell.task} (NLL / ECE / Brier)" for cell in cells),
+            *(f"mean {n}" for n in CALIBRATION.values()),
+        ]
+        out = []
+        for method in summary.methods(cells):
+            found = [summary.runs[cell].get(method) for cell in cells]
+            means = [number(_mean_metric(found, name)) for name in CALIBRATION]
+            out.append((method, *(_metrics(each, CALIBRATION) for each in found), *means))
+        return markdown(header, out)
+
+    return _by_rank(summary, table)
+
+
+def means(rows: Sequence[dict], summary: Summary) -> str:
+    """Over all tasks of a kind: mean accuracy, and the gain over LoRA with its interval and p-values."""
+    out = []
+    for found in summary.means:
+        gain = [MISSING] * 4
+        if found.gain:
+            unit = _unit(found.kind)
+            gain = [_signed(found.gain, unit), interval(found.gain, unit), p_value(found.gain.p), p_value(found.corrected)]
+        tasks = f"{found.tasks} × {found.kind}"
+        out.append((found.model, f"{found.rank:g}", tasks, found.method, percent(found.level), *gain))
+    header = ("model", "rank", "tasks", "method", "mean accuracy", "gain over LoRA", "95 % interval", "p", "p, Holm")
+    return markdown(header, out)
+
+
+def wins(rows: Sequence[dict], summary: Summary) -> str:
+    """Cells won / tied / lost against LoRA after Holm's correction."""
+    counts = {key: " / ".join(map(str, found)) for key, found in win_tie_loss(summary.comparisons).items()}
+    places = sorted({(model, rank) for model, rank, _ in counts})
+    header = ["method", *(f"{model}, rank {rank:g}" for model, rank in places)]
+    methods = sort_methods(method for *_, method in counts)
+    return markdown(header, [(m, *(counts.get((*place, m), MISSING) for place in places)) for m in methods])
+
+
+def pairs(rows: Sequence[dict], summary: Summary) -> str:
+    """Every comparison with LoRA, one foldable table a method."""
+    header = (
+        "model",
+        "task",
+        "rank",
+        "seeds",
+        "gain over LoRA",
+        "95 % interval",
+        "p",
+        "p, Holm",
+        "p over seeds",
+        "p bootstrap",
+        "",
+    )
+    by_method = defaultdict(list)
+    for found in summary.comparisons:
+        gain, unit = found.gain, _unit(found.kind)
+        tests = (gain.p, found.corrected, gain.p_seeds, gain.p_bootstrap)
+        place = (found.cell.model, found.cell.task, f"{found.cell.rank:g}", seeds(gain.seeds))
+        line = (*place, _signed(gain, unit), interval(gain, unit), *map(p_value, tests), found.verdict)
+        by_method[found.method].append(line)
+    blocks = []
+    for method in sort_methods(by_method):
+        found = by_method[method]
+        blocks.append(f"<details><summary>{method}: {len(found)} cells</summary>\n\n{markdown(header, found)}\n\n</details>")
+    return "\n\n".join(blocks) or EMPTY
+
+
+def budget(rows: Sequence[dict], summary: Summary) -> str:
+    """Parameters of the adapter that remain, as a range over tasks and seeds, beside LoRA's mean; and those of the heads."""
+    out = []
+    for model, rank in summary.settings():
+        sizes, heads = defaultdict(list), defaultdict(set)
+        for cell in summary.cells(model, rank):
+            for method, found in summary.runs[cell].items():
+                sizes[method] += [row["trainable_parameters"] for row in found.values()]
+                heads[method] |= {row["head_parameters"] for row in found.values()}
+        for method in sort_methods(sizes):
+            low, high = min(sizes[method]), max(sizes[method])
+            span = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+            ratio = statistics.fmean(sizes[method]) / statistics.fmean(sizes[BASELINE]) - 1 if BASELINE in sizes else None
+            out.append((model, f"{rank:g}", method, span, plain(ratio, "+.2f", 100), listed(sorted(heads[method]))))
+    return markdown(("model", "rank", "method", "adapter parameters", "beside LoRA %", "head parameters"), out)
+
+
+def cost(rows: Sequence[dict], summary: Summary) -> str:
+    """Median seconds and memory; the ratio is the median over runs paired by task, seed and machine."""
+    out = []
+    for model, rank in summary.settings():
+        cells = summary.cells(model, rank)
+        for method in summary.methods(cells):
+            found = [row for cell in cells for row in summary.runs[cell].get(method, {}).values()]
+            ratios = [ratio for cell in cells for ratio in _time_ratios(summary.runs[cell], method)]
+            seconds = [
+                median([row["seconds"].get(stage) for row in found], ".1f") for stage in ("calibrate", "train", "evaluate")
+            ]
+            memory = median([row.get("peak_memory_mb") for row in found], ".0f")
+            out.append((model, f"{rank:g}", method, *seconds, f"{median(ratios, '.2f')} ({len(ratios)})", memory))
+    header = ("model", "rank", "method", "calibrate s", "train s", "evaluate s", "calibrate + train ÷ LoRA (pairs)", "peak MB")
+    return markdown(header, out)
+
+
+def factors(rows: Sequence[dict], summary: Summary) -> str:
+    """One row a factor: what was changed, and what that brings on validation. The reference shows its levels."""
+    kinds, blocks = {row["task"]: row["kind"] for row in of_phase(rows, "factor")}, []
+    by_place = defaultdict(list)
+    for effect in effects(rows):
+        by_place[effect.model, effect.rank].append(effect)
+    for (model, rank), found in by_place.items():
+        tasks = sorted({task for effect in found for task in effect.gains}, key=lambda task: (kinds[task], task))
+        out = []
+        for effect in found:
+            cells = [_effect(effect, task, kinds[task]) for task in tasks]
+            mean = points(effect.mean) if effect.changed else percent(effect.mean)
+            diverged = f", {effect.diverged} diverged" if effect.diverged else ""
+            out.append((effect.changed or "reference", *cells, mean, f"{effect.runs}{diverged}"))
+        header = ("changed", *(f"{task} ({GAIN[kinds[task]]})" for task in tasks), "mean of accuracies", "runs")
+        blocks.append(_titled(model, rank, markdown(header, out)))
+    return "\n\n".join(blocks) or EMPTY
+
+
+def search(rows: Sequence[dict], summary: Summary, rule: str = "over tasks") -> str:
+    """All settings that were tried, with their validation metric by task, and those that the rule takes."""
+    kinds = {row["task"]: row["kind"] for row in of_phase(rows, "search")}
+    by_place = defaultdict(list)
+    for choice, tried in candidates([row for row in rows if row["phase"] == "search"], rule).items():
+        by_place[choice.model, choice.rank].append((choice, tried))
+    blocks = []
+    for (model, rank), found in by_place.items():
+        tasks = sorted({task for _, tried in found for candidate in tried for task in candidate.values})
+        order = sort_methods(choice.method for choice, _ in found)
+        found.sort(key=lambda item: (order.index(item[0].method), str(item[0].task)))
+        out = [(choice.method, *line) for choice, tried in found for line in _tried(tried, tasks, kinds)]
+        header = ("method", "settings", *(f"{t} ({LEVEL[kinds.get(t, 'classification')]})" for t in tasks), "shortfall %", "")
+        blocks.append(_titled(model, rank, markdown(header, out)))
+    return "\n\n".join(blocks) or EMPTY
+
+
+def _by_rank(summary: Summary, table: Callable[[str, float, list[Cell]], str]) -> str:
+    places = summary.settings()
+    return "\n\n".join(_titled(model, rank, table(model, rank, summary.cells(model, rank))) for model, rank in places) or EMPTY
+
+
+def _titled(model: str, rank: float, table: str) -> str:
+    return f"**{model}, rank {rank:g}**\n\n{table}"
+
+
+def _level(summary: Summary, cell: Cell, method: str) -> str:
+    found, failed = summary.levels.get((cell, method)), summary.diverged[cell, method]
+    if found is None:
+        return f"{failed} diverged" if failed else MISSING
+    shown = percent(found) if summary.kind(cell) == "classification" else number(found)
+    return f"{shown} ({seeds(found.seeds)}{f', {failed} diverged' if failed else ''})"
+
+
+def _unit(kind: str) -> str:
+    """Accuracies gain points, losses per cent of themselves."""
+    return "" if kind == "classification" else " %"
+
+
+def _signed(found: Estimate, unit: str) -> str:
+    return f"{100 * found.mean:+.2f}{unit}"
+
+
+def _metrics(found: Runs | None, names: dict[str, str]) -> str:
+    if not found:
+        return MISSING
+    return " / ".join(plain(statistics.fmean(row["test"][name] for row in found.values()), ".3f") for name in names)
+
+
+def _mean_metric(found: Sequence[Runs | None], name: str) -> Estimate | None:
+    if not found or not all(found):
+        return None
+    return mean_of([seeds_estimate([row["test"][name] for row in each.values()]) for each in found])
+
+
+def _time_ratios(methods: dict[str, Runs], method: str) -> list[float]:
+    found, base = methods.get(method, {}), methods.get(BASELINE, {})
+    shared = [seed for seed in found if seed in base and found[seed]["machine"] == base[seed]["machine"]]
+    return [_spent(found[seed]) / _spent(base[seed]) for seed in shared]
+
+
+def _spent(row: dict) -> float:
+    return row["seconds"].get("calibrate", 0.0) + row["seconds"]["train"]
+
+
+def _effect(effect: Effect, task: str, kind: str) -> str:
+    found = effect.gains.get(task)
+    if effect.changed:
+        return points(found)
+    return percent(found) if kind == "classification" else number(found)
+
+
+def _tried(tried: Sequence[Candidate], tasks: Sequence[str], kinds: dict[str, str]) -> list[tuple[str, ...]]:
+    """Settings, validation by task, what they lack, and whether they are the choice; none is while runs are missing."""
+    complete = not any(candidate.missing for candidate in tried) and math.isfinite(tried[0].shortfall)
+    out = []
+    for place, candidate in enumerate(tried):
+        other = tried[0] if place else tried[-1]
+        spec = [(".1f", 100) if kinds.get(task) == "classification" else (".4g", 1) for task in tasks]
+        values = [plain(candidate.values.get(task), *of) for task, of in zip(tasks, spec, strict=True)]
+        lacks = "diverged" if math.isinf(candidate.shortfall) else plain(candidate.shortfall, ".2f", 100)
+        out.append((describe(candidate.config, other.config), *values, lacks, "chosen" if complete and not place else ""))
+    return out

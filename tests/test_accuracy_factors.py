@@ -1,0 +1,54 @@
+"""The factor study of drawn rows: which settings are the reference, and what changes are worth."""
+
+import pytest
+from accuracy_rows import row
+
+from bench.accuracy.factors import effects
+
+
+def study(seeds=3, tasks=("hyper", "topics")) -> list[dict]:
+    changes = [((), {}, 0.8), ((("beta", 0.1),), {}, 0.82), ((), {"estimator": "direct"}, 0.75)]
+    return [
+        row("cobra", task, 2, seed, "factor", level, settings=settings, **changed)
+        for settings, changed, level in changes for task in tasks for seed in range(seeds)
+    ]  # fmt: skip
+
+
+def test_reference_first_then_the_best():
+    found = effects(study())
+    assert [e.changed for e in found] == ["", "beta: default → 0.1", "estimator: paper → direct"]
+    assert [e.mean.mean for e in found] == pytest.approx([0.8, 0.02, -0.05], abs=1e-9)
+    assert all(e.runs == 6 and set(e.gains) == {"hyper", "topics"} for e in found)
+
+
+def test_two_factors_are_both_named():
+    rows = [*study(), row("plan", "hyper", 2, 0, "factor", 0.7, lr=0.01)]
+    assert effects(rows)[-1].changed == "lr: 0.003 → 0.01; method: cobra → plan"
+
+
+def test_shared_runs_only():
+    rows = [r for r in study() if not (r["config"]["settings"] and (r["task"] == "topics" or r["seed"] == 2))]
+    (found,) = [e for e in effects(rows) if "beta" in e.changed]
+    assert (found.runs, set(found.gains), found.mean) == (2, {"hyper"}, None)
+
+
+def test_losses_that_fall_are_gains():
+    rows = study(tasks=("hyper", "foods"))
+    (beta,) = [e for e in effects(rows) if "beta" in e.changed]
+    assert beta.gains["foods"].mean == pytest.approx(1 - 0.82 / 0.8, rel=1e-4)
+    assert beta.mean.mean == pytest.approx(0.02)
+
+
+def test_diverged_settings_are_counted():
+    rows = [*study(), row("cobra", "hyper", 2, 0, "factor", lr=0.1, diverged=True)]
+    (found,) = [e for e in effects(rows) if "lr" in e.changed]
+    assert (found.runs, found.diverged, found.gains, found.mean) == (0, 1, {}, None)
+
+
+def test_ranks_have_references_of_their_own():
+    rows = study() + [row("cobra", "hyper", 8, seed, "factor", 0.9) for seed in range(2)]
+    assert [(e.rank, e.changed) for e in effects(rows)][-1] == (8, "")
+
+
+def test_other_phases_do_not_count():
+    assert effects([row()]) == []
