@@ -298,7 +298,7 @@ _PACKAGED: dict[str, tuple[str, int, str, Callable[[], Splits]]] = {
     ),
     "tweets": (
         "regression", 1, "vaderSentiment 3.3.2 (source distribution): tweets, label is the mean rating / 4; split by text",
-        partial(_vader, "tweets", "tweets"),
+        partial(_vader, "tweets", "tweets", validation=500),
     ),
     "amazon": (
         "regression", 1, "vaderSentiment 3.3.2 (source distribution): sentences of Amazon reviews, label is the mean rating / "

@@ -6,10 +6,10 @@ Synsets are told apart by their gloss: two with the same one count as one, so no
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 
 # lexicographer files of nouns less noun.Tops, which holds the roots of the other ones
 CLASSES = (
@@ -18,7 +18,7 @@ CLASSES = (
     "state", "substance", "time",
 )  # fmt: skip
 TOPS = 3  # number of noun.Tops; those of CLASSES follow
-PAIRS_PER_HYPERNYM = 4  # of each label, so that "city" is not the answer everywhere
+PAIRS_PER_HYPERNYM = 4  # so that "city" is not the answer everywhere
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,27 @@ def hypernym_pairs(synsets: Iterable[Synset], split_of: Callable[[str], str]) ->
 
     split_of: split of a gloss; only pairs with both sides in one are made
 
-    The other gloss of a pair with label 0 belongs to a sibling or an aunt, and is a hypernym of something else. Every gloss is
-    second as often with label 1 as with 0: the second text alone, however general, does not tell the label.
+    Labels alternate. The other gloss of a pair with label 0 belongs to a sibling or an aunt. Every gloss is first once at most,
+    and only where it could have had either label.
     """
     net = _Net(synsets)
     splits = {gloss: split_of(gloss) for gloss in net.parents.keys() | net.children.keys()}
-    found = defaultdict(list)
-    for parent in sorted(net.children, key=_order):
-        yes, close = (
-            sorted((g for g in glosses if splits[g] == splits[parent]), key=lambda gloss: _order(f"{gloss}\0{parent}"))
-            for glosses in (net.children[parent], net.near(parent))
-        )
-        no = (gloss for gloss in close if not net.related(gloss, parent))
-        for child, other in islice(zip(yes, no, strict=False), PAIRS_PER_HYPERNYM):
-            found[splits[parent]] += [(child, parent, 1), (other, parent, 0)]
-    return dict(found)
+    used: Counter[str] = Counter()
+    found: dict[str, tuple[list, list]] = defaultdict(lambda: ([], []))
+    for child in sorted(net.parents, key=_order):
+        parents = [gloss for gloss in net.parents[child] if splits[gloss] == splits[child] and used[gloss] < PAIRS_PER_HYPERNYM]
+        near = [gloss for gloss in net.near(child) if splits[gloss] == splits[child]]
+        parent = min(parents, key=partial(_order_after, child), default=None)
+        other = next((g for g in sorted(near, key=partial(_order_after, child)) if not net.related(child, g)), None)
+        if parent is None or other is None:
+            continue
+        yes, no = found[splits[child]]
+        if len(yes) <= len(no):
+            yes.append((child, parent, 1))
+            used[parent] += 1
+        else:
+            no.append((child, other, 0))
+    return {split: [pair for two in zip(*sides, strict=False) for pair in two] for split, sides in found.items()}
 
 
 class _Net:
@@ -91,9 +97,9 @@ class _Net:
                     self.children[parent].add(synset.gloss)
 
     def near(self, gloss: str) -> set[str]:
-        """Siblings, and children of siblings."""
-        siblings = {child for parent in self.parents.get(gloss, ()) for child in self.children[parent]} - {gloss}
-        return siblings | {child for sibling in siblings for child in self.children.get(sibling, ())}
+        """Siblings and aunts, and what else has one of their glosses."""
+        elders = self.parents[gloss] | {top for parent in self.parents[gloss] for top in self.parents.get(parent, ())}
+        return {child for elder in elders for child in self.children[elder]}
 
     def related(self, one: str, other: str) -> bool:
         """Whether one of the two is the other or above it."""
@@ -110,3 +116,7 @@ class _Net:
 
 def _order(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _order_after(first: str, second: str) -> str:
+    return _order(f"{first}\0{second}")
