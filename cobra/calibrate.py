@@ -200,9 +200,9 @@ class _Collected:
             fingerprint(sites),
             grouped_squared.sqrt().float(),
             {
-                sites[i].name: top_directions(self.sums[i] / len(squared), settings["directions"])
-                for i in used
-                if i in self.sums
+                sites[i].name: top_directions(total / len(squared), settings["directions"])
+                for i, total in sorted(self.sums.totals.items())
+                if i in used
             },
         )
 
