@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from cobra import checkpoint, distributed, shrink
 from cobra.budget import Budget, allocate
 from cobra.config import CobraConfig
+from cobra.deploy.cost import WORKSPACE
 from cobra.linear import CobraLinear
 from cobra.lora import LoraAdapter, LoraLayer
 from cobra.merge import Merge, MergeReport, check_merge_options, merge_layers, probe_outputs
@@ -295,7 +296,9 @@ class Adapter:
 
     # the end
 
-    def merge(self, tolerance: float | None = None, above: str = "raise", probe: object = None) -> MergeReport:
+    def merge(
+        self, tolerance: float | None = None, above: str = "raise", probe: object = None, workspace: int = WORKSPACE
+    ) -> MergeReport:
         """Adds every update to its weight (fp32 sum, one rounding) and puts the base model's own modules back.
 
         Gates count as in evaluation mode. The model then has the base model's modules and state-dict keys; `unmerge` restores
@@ -304,8 +307,10 @@ class Adapter:
         tolerance: the largest share of a layer's update that rounding to the weight's dtype may lose (`rounding_loss`)
         above: what becomes of a layer that loses more: "raise" (then nothing is merged), or "keep" (it stays unmerged)
         probe: a batch; the report then says by how much the model's outputs on it moved in merging
+        workspace: bytes for the sums of one launch, in the chunks a deployment plan has; the bits do not depend on it
 
-        Raises ValueError if merged already, where a sum is not finite, and for a layer above the tolerance.
+        Raises ValueError if merged already, where a sum is not finite, for a layer above the tolerance, and for a workspace
+        smaller than a row.
         """
         if self._merged is not None:
             raise ValueError("the adapter is merged already")
@@ -317,7 +322,7 @@ class Adapter:
             for group in self.groups
             for site, layers in zip(group.sites, group.layers, strict=True)
         }
-        merged = merge_layers(list(work.values()), tolerance, above)
+        merged = merge_layers(list(work.values()), tolerance, above, workspace)
         for site in merged.sites:
             self._restore(site)
         self._set_nested_tensors(not merged.kept)

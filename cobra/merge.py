@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cobra.batch import Batch, model_device
+from cobra.deploy.cost import WORKSPACE, MergeSchedule, SiteShape, merge_schedule
 from cobra.lora import LoraLayer
 from cobra.sites import Site, is_conv1d, linear_weight
 from cobra_kernels.merge_lora import MergeItem, merge_lora_group
@@ -94,10 +95,15 @@ def check_merge_options(tolerance: float | None, above: str) -> None:
 
 
 @torch.no_grad()
-def merge_layers(work: Sequence[tuple[Site, LoraLayer]], tolerance: float | None, above: str) -> Merge:
-    """Writes W + ΔW into the modules of the sites, all of them or, where one raises, none."""
+def merge_layers(
+    work: Sequence[tuple[Site, LoraLayer]], tolerance: float | None, above: str, workspace: int = WORKSPACE
+) -> Merge:
+    """Writes W + ΔW into the modules of the sites, all of them or, where one raises, none.
+
+    workspace: bytes for the sums of one launch, as in `plan_deployment`
+    """
     items = [MergeItem(linear_weight(site.module), layer.lora_A, layer.lora_B, site.name) for site, layer in work]
-    weights, statistics = merge_lora_group(items)
+    weights, statistics = _merge_in_chunks(items, schedule_of(items, workspace))
     reports = [_report(item, sums, tolerance) for item, sums in zip(items, statistics.tolist(), strict=True)]
     lossy = [(report, item.weight.dtype) for report, item in zip(reports, items, strict=True) if not report.merged]
     if lossy and above == "raise":
@@ -109,6 +115,34 @@ def merge_layers(work: Sequence[tuple[Site, LoraLayer]], tolerance: float | None
     done = [i for i, report in enumerate(reports) if report.merged]
     originals = tuple(_replace_weight(work[i][0].module, weights[i]) for i in done)
     return Merge(tuple(work[i][0] for i in done), originals, tuple(reports), kept=bool(lossy))
+
+
+def schedule_of(items: Sequence[MergeItem], workspace: int) -> MergeSchedule:
+    """The launches of a merge: those a deployment plan has for these sites. Raises ValueError where one row is too much."""
+    return merge_schedule([_shape(item) for item in items], workspace)
+
+
+def _shape(item: MergeItem) -> SiteShape:
+    (N, K), dtype = item.weight.shape, str(item.weight.dtype).removeprefix("torch.")
+    return SiteShape(item.name, K, N, (item.lora_A.shape[0],), dtype)
+
+
+def _merge_in_chunks(items: Sequence[MergeItem], schedule: MergeSchedule) -> tuple[list[Tensor], Tensor]:
+    """As `merge_lora_group`, a launch a chunk."""
+    index = {item.name: i for i, item in enumerate(items)}
+    merged = [torch.empty_like(item.weight) for item in items]
+    statistics = torch.zeros(len(items), 3, dtype=torch.float64, device="cpu")
+    for chunk in schedule.chunks:
+        sites = [index[piece.site] for piece in chunk.pieces]
+        rows = [slice(piece.row_start, piece.row_stop) for piece in chunk.pieces]
+        parts = [_rows(items[i], part) for i, part in zip(sites, rows, strict=True)]
+        _, sums = merge_lora_group(parts, out=[merged[i][part] for i, part in zip(sites, rows, strict=True)])
+        statistics.index_add_(0, torch.tensor(sites), sums)
+    return merged, statistics
+
+
+def _rows(item: MergeItem, rows: slice) -> MergeItem:
+    return MergeItem(item.weight[rows], item.lora_A, item.lora_B[rows], item.name)
 
 
 @torch.no_grad()

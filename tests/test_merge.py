@@ -1,6 +1,7 @@
 """Merging and unmerging, and the report of what the weights gained."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -22,6 +23,9 @@ from torch import nn
 
 import cobra
 from cobra import CobraLinear
+from cobra.deploy.cost import Workload, site_shapes
+from cobra.deploy.planner import plan_deployment
+from cobra_kernels import extension
 
 BATCH = image_batch()
 
@@ -222,3 +226,102 @@ def test_merge_of_a_search_state_and_of_combined_adapters_report_alike():
     other = vit()
     cobra.combine([(lora, 1.0)]).attach(other).merge()
     assert all(torch.equal(model.get_submodule(name).weight, other.get_submodule(name).weight) for name in lora.layers)
+
+
+# the planner's schedule
+
+
+def launches_of(monkeypatch, call) -> list[list[tuple[str, int, int]]]:
+    """(site, rows, bytes of the sums) of each piece of each launch that a call makes."""
+    module, found = sys.modules["cobra.merge"], []
+    launch = module.merge_lora_group
+
+    def seen(items, **options):
+        found.append([(i.name, i.weight.shape[0], i.weight.numel() * max(4, i.weight.element_size())) for i in items])
+        return launch(items, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "merge_lora_group", seen)
+        call()
+    return found
+
+
+@pytest.mark.skipif(extension.load() is None, reason="the compiled extension was not built")
+@pytest.mark.parametrize(
+    "build", [minilm, smollm2, lambda: minilm().bfloat16(), gpt2], ids=["minilm", "smollm2", "bf16", "gpt2"]
+)
+def test_a_merge_makes_the_launches_of_its_plan(build, monkeypatch):
+    """Chunk by chunk and row by row under the cap, with the bits of one launch."""
+    model, adapter = attached(build)
+    stir(adapter)
+    lora = adapter.to_lora()
+    adapter.merge()
+    whole = {name: model.get_submodule(name).weight.clone() for name in lora.layers}
+    adapter.unmerge()
+
+    workspace = 500_000 if build is not gpt2 else 3_000
+    sites = site_shapes(build(), [lora])
+    plan = plan_deployment(sites, "CPU", Workload(1), workspace=workspace, fixed={site.name: "merged" for site in sites})
+    planned = [[(p.site, p.row_stop - p.row_start) for p in chunk.pieces] for chunk in plan.merges.chunks]
+    launches = launches_of(monkeypatch, lambda: adapter.merge(workspace=workspace))
+    assert len(planned) > 3 and [[(name, rows) for name, rows, _ in launch] for launch in launches] == planned
+    assert [sum(size for _, _, size in launch) for launch in launches] == [chunk.workspace for chunk in plan.merges.chunks]
+    assert max(chunk.workspace for chunk in plan.merges.chunks) <= workspace
+    merged = {name: model.get_submodule(name).weight for name in lora.layers}
+    assert all(torch.equal(merged[name], weight) for name, weight in whole.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_merge_by_torch_follows_the_plan_too(dtype, monkeypatch):
+    """Where nothing is compiled; torch's own product may sum fewer rows in another order."""
+    monkeypatch.setattr(extension, "load", lambda: None)
+    model, adapter = attached(lambda: vit().to(dtype))
+    stir(adapter)
+    merged = []
+    for workspace in (2**28, 3_000):
+        launches = launches_of(monkeypatch, lambda workspace=workspace: adapter.merge(workspace=workspace))
+        assert all(sum(size for _, _, size in launch) <= workspace for launch in launches)
+        merged.append([p.detach().clone() for p in model.parameters()])
+        adapter.unmerge()
+    torch.testing.assert_close(*merged)
+
+
+def test_the_report_does_not_depend_on_the_workspace():
+    """Norms and losses of a layer merged in pieces are those of the layer."""
+    _, adapter = small_updates()
+    reports = []
+    for workspace in (2**28, 5_000):
+        reports.append(adapter.merge(workspace=workspace))
+        adapter.unmerge()
+    for whole, pieces in zip(*(report.sites for report in reports), strict=True):
+        assert (whole.name, whole.rank) == (pieces.name, pieces.rank)
+        for key in ("delta_norm", "weight_norm", "rounding_loss"):
+            assert getattr(pieces, key) == pytest.approx(getattr(whole, key), rel=1e-12)
+
+
+def test_a_model_merges_in_one_launch_by_default(monkeypatch):
+    _, adapter = attached(minilm)
+    (launch,) = launches_of(monkeypatch, adapter.merge)
+    assert len(launch) == 37
+
+
+@pytest.mark.parametrize("workspace", [100, 0, -1, 1.5])
+def test_a_workspace_that_cannot_be_changes_nothing(workspace):
+    model, adapter = attached()
+    stir(adapter)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"workspace=.*(give at least 256 bytes|expected an integer of at least 1)"):
+        adapter.merge(workspace=workspace)
+    assert state_of(model) == before
+
+
+def test_a_diverged_layer_in_a_later_chunk_merges_nothing():
+    model, adapter = attached()
+    stir(adapter)
+    with torch.no_grad():
+        layers_of(adapter)[-1].lora_B[-1, 0] = float("inf")
+    before, weights = state_of(model), {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="the merged weight is not finite"):
+        adapter.merge(workspace=3_000)
+    assert state_of(model) == before
+    assert all(torch.equal(p.nan_to_num(), weights[name].nan_to_num()) for name, p in model.named_parameters())

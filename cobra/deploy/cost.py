@@ -26,6 +26,7 @@ from cobra.plan import RankPlan
 from cobra.sites import is_linear, linear_weight
 
 RANK_TILE = 16
+WORKSPACE = 256 * 2**20  # bytes for the sums of one launch of merges
 GRID = {"bfloat16": (7, -126), "float16": (10, -14), "float32": (23, -126), "float64": (52, -1022)}  # mantissa, least exponent
 
 
@@ -164,6 +165,7 @@ def merge_schedule(sites: Sequence[SiteShape], workspace: int) -> MergeSchedule:
 
     Sums are fp32, 4 bytes an element, and fp64 for fp64 weights. Raises ValueError where one row is more than the workspace.
     """
+    require_int("workspace", workspace, 1)
     least = max(map(_row_bytes, sites), default=0)
     if least > workspace:
         name = next(site.name for site in sites if _row_bytes(site) == least)

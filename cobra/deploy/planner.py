@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cobra.deploy.cost import (
+    WORKSPACE,
     Cost,
     MergeSchedule,
     SiteShape,
@@ -166,7 +167,7 @@ def plan_deployment(
     workload: Workload,
     *,
     tolerance: float = 0.1,
-    workspace: int = 256 * 2**20,
+    workspace: int = WORKSPACE,
     fixed: Mapping[str, str] | None = None,
 ) -> DeploymentPlan:
     """Decides every site.
