@@ -43,12 +43,11 @@ PAPER = {
 }
 COBRA = {
     **PAPER,
-    "gate": "mean",
     "prior_scale": "log",
-    "prior_level": "rank",
     "gamma": 1.0,
-    "open_probability": 0.95,
+    "open_probability": 0.9,
     "init": "gradient",
+    "minimum": 1,
     "cut": 0.4,
 }
 SETTINGS = {"paper": PAPER, "cobra": COBRA}
@@ -61,18 +60,30 @@ FACTORS = (
     {"fusion": "contribution"},
     {"prior_level": "group"},
     {"gate_lr_scale": 30.0},
+    {"prior_level": "group", "minimum": 1},
+    {"prior_level": "group", "minimum": 1, "init": "uniform"},
     {"gate": "concrete"},
     {"cut": 0.1},
     {"gamma": 0.0},
+    {"lora_B_lr_scale": 8.0},
+    {"open_probability": 0.5},
     {"r_max_multiple": 4},
     {"fusion": "sum"},
     {"gate": "straight_through"},
     {"cut": 0.8},
-    {"open_probability": 0.5},
-    {"lora_B_lr_scale": 8.0},
     {"beta": 1.0},
 )
 FACTOR_RATE = 2e-3
+FACTOR_REFERENCE = {
+    **PAPER,
+    "gate": "mean",
+    "prior_scale": "log",
+    "prior_level": "rank",
+    "gamma": 1.0,
+    "open_probability": 0.95,
+    "init": "gradient",
+    "cut": 0.4,
+}
 
 
 def search() -> Iterator[Recipe]:
@@ -85,9 +96,13 @@ def search() -> Iterator[Recipe]:
 
 def factor() -> Iterator[Recipe]:
     """One factor at a time from COBRA's form, on validation."""
-    for change in FACTORS:
+    for seed in (SEARCH_SEED, SEARCH_SEED + 1):
         for task in FACTOR_TASKS:
-            yield _recipe("factor", task, "cobra", 2, FACTOR_RATE, SEARCH_SEED).with_settings(**change)
+            yield _recipe("factor", task, "lora", 2, FACTOR_RATE, seed)
+        for change in FACTORS:
+            for task in FACTOR_TASKS:
+                settings = tuple({**FACTOR_REFERENCE, **change}.items())
+                yield Recipe("factor", task, "cobra", 2, FACTOR_RATE, seed, settings=settings)
 
 
 def final() -> Iterator[Recipe]:
