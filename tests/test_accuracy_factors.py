@@ -22,8 +22,17 @@ def test_reference_first_then_the_best():
 
 
 def test_two_factors_are_both_named():
-    rows = [*study(), row("plan", "hyper", 2, 0, "factor", 0.7, lr=0.01)]
-    assert effects(rows)[-1].changed == "lr: 0.003 → 0.01; method: cobra → plan"
+    rows = [*study(), row("cobra", "hyper", 2, 0, "factor", 0.7, lr=0.01, settings=(("beta", 1.0),))]
+    assert effects(rows)[-1].changed == "beta: default → 1; lr: 0.003 → 0.01"
+
+
+def test_another_method_is_named_without_settings():
+    """Here the reference has settings, and a plain LoRA has none."""
+    rows = [row("cobra", "hyper", 2, 0, "factor", level, settings=(("beta", beta), ("gamma", 1.0))) for beta, level in
+            ((0.1, 0.8), (0.2, 0.7), (0.3, 0.6))]  # fmt: skip
+    rows += [row("cobra", "hyper", 2, 1, "factor", 0.8, settings=(("beta", 0.1), ("gamma", 1.0)))]
+    rows += [row("lora", "hyper", 2, 0, "factor", 0.75)]
+    assert [e.changed for e in effects(rows)] == ["", "method: cobra → lora", "beta: 0.1 → 0.2", "beta: 0.1 → 0.3"]
 
 
 def test_shared_runs_only():

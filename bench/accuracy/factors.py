@@ -92,6 +92,9 @@ def _gain(ours: dict, theirs: dict) -> float:
 
 
 def _changed(reference: dict, config: dict) -> str:
+    """Another method is named without its settings, which have no counterpart."""
+    if reference["method"] != config["method"]:
+        reference, config = {**reference, "settings": {}}, {**config, "settings": {}}
     ours, theirs = flat(config), flat(reference)
     return "; ".join(f"{name}: {_shown(theirs, name)} → {_shown(ours, name)}" for name in sorted(differing(reference, config)))
 

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
-from bench.accuracy.cells import sort_methods
+from bench.accuracy.cells import of_phase, sort_methods
 from bench.accuracy.statistics import Summary, candidates
 from cobra import storage
 
@@ -132,10 +132,9 @@ def draw_differences(points: Points) -> Figure:
 
 def learning_rates(rows: Sequence[dict], summary: Summary) -> Points:
     """Validation by learning rate, of the best other settings at that rate; runs that diverged leave a gap."""
-    search = [row for row in rows if row["phase"] == "search"]
-    kinds = {row["task"]: row["kind"] for row in search if "kind" in row}
+    kinds = {row["task"]: row["kind"] for row in of_phase(rows, "search")}
     best = {}
-    for choice, tried in candidates(search, "per task").items():
+    for choice, tried in candidates(rows, "per task").items():
         for candidate in reversed(tried):
             value = candidate.values[choice.task]
             if value is not None:

@@ -151,14 +151,16 @@ class Candidate:
 def candidates(rows: Iterable[dict], rule: str) -> dict[Choice, list[Candidate]]:
     """The settings tried in phase "search", best first. rule: "per task" or "over tasks".
 
-    Raises ValueError where a row is of another phase, or its test split was used.
+    Rows of other phases are not looked at. Raises ValueError where a search has used the test split.
     """
     if rule not in ("per task", "over tasks"):
         raise ValueError(f'rule={rule!r} is neither "per task" nor "over tasks"')
     found = defaultdict(lambda: defaultdict(dict))
     for row in map(with_fields, rows):
-        if row["phase"] != "search" or row.get("test") is not None:
-            raise ValueError(f"row {row['key']} (phase {row['phase']!r}) has seen the test split; choose on phase search alone")
+        if row["phase"] != "search":
+            continue
+        if row.get("test") is not None:
+            raise ValueError(f"row {row['key']} of the search has seen the test split; run it again on validation alone")
         choice = Choice(row["model"], row["task"] if rule == "per task" else None, row["method"], row["average_rank"])
         config = {k: v for k, v in row["config"].items() if k not in ("phase", "task", "seed")}
         found[choice][json.dumps(config, sort_keys=True)][row["task"], row["seed"]] = row
@@ -168,8 +170,9 @@ def candidates(rows: Iterable[dict], rule: str) -> dict[Choice, list[Candidate]]
 def select_best(rows: Iterable[dict], rule: str) -> dict[Choice, dict]:
     """The configuration, without phase, task and seed, that is best on VALIDATION for each (model, task, method, rank).
 
-    "over tasks" takes the smallest mean shortfall to each task's best. Equal ones go to the smaller learning rate. Raises
-    ValueError for rows that have seen a test split, for settings that lack runs others have, and where every run diverged.
+    Only rows of phase "search" count. "over tasks" takes the smallest mean shortfall to each task's best; equal ones go to the
+    smaller learning rate. Raises ValueError for searches that have seen a test split, for settings that lack runs others have,
+    and where all diverged.
     """
     chosen = {}
     for choice, tried in candidates(rows, rule).items():

@@ -208,7 +208,7 @@ def search(rows: Sequence[dict], summary: Summary, rule: str = "over tasks") -> 
     """All settings that were tried, with their validation metric by task, and those that the rule takes."""
     kinds = {row["task"]: row["kind"] for row in of_phase(rows, "search")}
     by_place = defaultdict(list)
-    for choice, tried in candidates([row for row in rows if row["phase"] == "search"], rule).items():
+    for choice, tried in candidates(rows, rule).items():
         by_place[choice.model, choice.rank].append((choice, tried))
     blocks = []
     for (model, rank), found in by_place.items():
