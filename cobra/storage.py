@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +22,10 @@ class FormatError(ValueError):
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
-    """Writes a file through a neighbour and a rename: a reader sees the old file or the new one."""
+    """Writes a file through a neighbour and a rename: a reader sees the old file or the new one.
+
+    Raises OSError naming the file, e.g. for a full disk; a kill leaves the old file, and the neighbour, .NAME.*.tmp.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -30,6 +35,8 @@ def write_bytes(path: Path | str, data: bytes) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise _unwritten(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -40,7 +47,8 @@ def write_json(path: Path | str, value: dict) -> None:
 
 def write_tensors(path: Path | str, tensors: dict[str, Tensor], kind: str, meta: dict) -> None:
     """A safetensors file with `meta` as JSON in its header, under the key "cobra"."""
-    header = {"format": "pt", "cobra": json.dumps({"kind": kind, "version": 1, **meta})}
+    # one key alone: safetensors writes several in any order, and the same scores would be other bytes
+    header = {"cobra": json.dumps({"kind": kind, "version": 1, **meta})}
     write_bytes(path, save({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, header))
 
 
@@ -73,25 +81,53 @@ def read_tensors(path: Path | str, kind: str) -> tuple[dict[str, Tensor], dict]:
 
 @contextmanager
 def new_folder(path: Path | str) -> Iterator[Path]:
-    """A folder that appears, or replaces the old one, only when the block ends well."""
-    path = Path(path)
+    """A folder that appears, or replaces the old one, only when the block ends well.
+
+    Raises OSError naming the folder, e.g. for a full disk; a kill leaves the old folder, and the unfinished one, .NAME.*.tmp.
+    """
+    path = Path(path).resolve()  # of a link to a folder, the folder is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
-    tag = uuid.uuid4().hex[:8]
-    fresh, old = path.with_name(f".{path.name}.{tag}.tmp"), path.with_name(f".{path.name}.{tag}.old")
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     fresh.mkdir()
     try:
         yield fresh
-        if path.exists():
-            os.replace(path, old)
-        try:
-            os.replace(fresh, path)
-        except BaseException:
-            if old.exists():
-                os.replace(old, path)
-            raise
+        if not (path.exists() and _exchange(fresh, path)):
+            _replace(fresh, path)
+    except (OSError, SafetensorError) as error:
+        raise _unwritten(path, error) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _exchange(fresh: Path, path: Path) -> bool:
+    """Swaps the names of two folders in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    return rename is not None and rename(here, os.fsencode(fresh), here, os.fsencode(path), swap) == 0
+
+
+def _replace(fresh: Path, path: Path) -> None:
+    """In two steps; a kill between them leaves the old folder as .NAME.*.old."""
+    old = fresh.with_suffix(".old")
+    if path.exists():
+        os.replace(path, old)
+    try:
+        os.replace(fresh, path)
+    except BaseException:
+        if old.exists():
+            os.replace(old, path)
+        raise
+    finally:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _unwritten(path: Path, error: Exception) -> OSError:
+    """What did not go through, and that nothing is lost."""
+    number = getattr(error, "errno", None)
+    after = "nothing was written, what was there before is as it was"
+    if number is None:
+        return OSError(f"{path}: {error}; {after}")
+    return OSError(number, f"{os.strerror(number)}; {after}", str(path))
 
 
 def expect(path: Path | str, found: dict, expected: dict[str, Callable[[object], bool]]) -> None:
