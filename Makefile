@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench env clean
+.PHONY: demo test test-slow lint bench evidence evidence-data evidence-run env clean
 
 demo: env
 	$(BIN)/cobra demo
@@ -21,6 +21,22 @@ lint: env
 
 bench: env
 	$(BIN)/python -m bench
+
+# tables and figures of docs/evidence.md from the committed rows
+evidence: env
+	$(BIN)/python -m bench.accuracy.evidence
+
+evidence-data: env
+	$(BIN)/python -m bench.accuracy.sources
+
+# fills missing rows: make evidence-run PHASE=final MINUTES=60 WORKERS=2 DATA=folder-of-published-sets
+PHASE ?= final
+MINUTES ?= 30
+WORKERS ?= 1
+evidence-run: evidence-data
+	for i in $$(seq $(WORKERS)); do \
+		$(BIN)/python -m bench.accuracy.grid $(PHASE) --minutes $(MINUTES) $(if $(DATA),--data $(DATA)) & \
+	done; wait
 
 env: $(VENV)/.ready
 

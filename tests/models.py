@@ -151,7 +151,8 @@ ARCHITECTURES = {
 
 def attached(build=vit, **changes):
     model = build()
-    return model, cobra.attach(model, cobra.CobraConfig(**{"rank_budget": 6, "r_max": 4, "total_steps": 10} | changes))
+    settings = {"rank_budget": 6, "r_max": 4, "total_steps": 10} | changes
+    return model, cobra.attach(model, cobra.CobraConfig.preset("paper", **settings))
 
 
 def layers_of(adapter) -> list[CobraLinear]:

@@ -20,6 +20,8 @@ from cobra.config import CHOICES
         ({"alpha": 0.0}, "alpha=0.0: expected greater than 0"),
         ({"beta": -0.1}, "beta=-0.1"),
         ({"gate_lr_scale": -1.0}, "gate_lr_scale=-1.0"),
+        ({"lora_B_lr_scale": 0.0}, "lora_B_lr_scale=0.0: expected greater than 0"),
+        ({"open_probability": 1.0}, "open_probability=1.0: expected between 0 and 1"),
         ({"temperature": (0.1, 1.0)}, "first >= last > 0"),
         ({"temperature": (1.0, 0.0)}, "first >= last > 0"),
         ({"total_steps": 0}, "total_steps=0: expected an integer greater than 0"),
@@ -45,3 +47,13 @@ def test_temperature_runs_from_the_first_to_the_last():
     assert seen[0] == 2.0 and seen[4] == seen[5] == 0.5
     linear = cobra.CobraConfig(rank_budget=1, total_steps=4, temperature=(2.0, 0.5), anneal="linear")
     assert [linear.temperature_at(step) for step in (0, 1, 2, 4, 9)] == [2.0, 1.625, 1.25, 0.5, 0.5]
+
+
+def test_the_published_form_is_a_preset():
+    """Eqs. 3 and 4 as printed: gamma 5 on pi itself, gates that start at the prior, beta 0.01."""
+    paper = cobra.CobraConfig.preset("paper", 12, total_steps=10, r_max=4)
+    assert (paper.gamma, paper.prior_scale, paper.open_probability) == (5.0, "literal", 0.5)
+    assert (paper.gate, paper.beta, paper.rank_budget, paper.total_steps, paper.r_max) == ("concrete", 0.01, 12, 10, 4)
+    assert cobra.CobraConfig.preset("paper", 12, gate="mean").gate == "mean"
+    with pytest.raises(ValueError, match="preset='papr' is not one of 'paper'"):
+        cobra.CobraConfig.preset("papr", 12)

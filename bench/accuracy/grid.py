@@ -118,7 +118,7 @@ def final() -> Iterator[Recipe]:
 
 def _rates() -> dict[str, float]:
     """Method -> learning rate with the best mean over the search tasks."""
-    return {choice.method: row["config"]["lr"] for choice, row in select_best(read_rows(), "over tasks").items()}
+    return {choice.method: config["lr"] for choice, config in select_best(read_rows(), "over tasks").items()}
 
 
 def _recipe(phase: str, task: str, method: str, rank: int, rate: float, seed: int) -> Recipe:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import random
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,6 +24,7 @@ from bench.accuracy.metrics import classification_metrics, pack_per_example, reg
 from bench.accuracy.recipe import Recipe
 from bench.accuracy.tasks import Example, Task, load_task, sample
 
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 PACKAGES = ("torch", "transformers", "peft", "cobra-peft")
 
 
@@ -72,6 +72,7 @@ def run(recipe: Recipe, data: Path | None = None) -> dict:
         granularity = recipe.options.get("granularity", "site")
         path = (recipe.calibration_examples, recipe.path_points, recipe.estimator, granularity, directions_needed(recipe))
         scores, seconds.spent["calibrate"] = _calibrated(start, *path)
+    _forget_peak_memory()
     rows = range(min(recipe.calibration_examples, len(train)))
     attached = attach(recipe, model, scores, lambda: [train.batch(rows[i : i + 16]) for i in range(0, len(rows), 16)])
     with seconds.of("train"):
@@ -97,7 +98,7 @@ def run(recipe: Recipe, data: Path | None = None) -> dict:
         if not torch.cuda.is_available()
         else torch.cuda.get_device_name(),
         "seconds": seconds.spent,
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_memory_mb": _peak_memory_mb(),
         "trainable_parameters": attached.parameters(),
         "head_parameters": head_parameters,
         "ranks": attached.ranks(),
@@ -105,6 +106,22 @@ def run(recipe: Recipe, data: Path | None = None) -> dict:
         "validation": found["validation"],
         "test": found.get("test"),
     }
+
+
+def _forget_peak_memory() -> None:
+    """What ran in this process before does not count."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif CLEAR.exists():
+        CLEAR.write_text("5")
+
+
+def _peak_memory_mb() -> int | None:
+    """Of the device, or of the process since `_forget_peak_memory`; None where the system does not say."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    return next((int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM")), None)
 
 
 def _precision(precision: str):

@@ -101,8 +101,9 @@ def _run_cobra(model: MeanPoolClassifier, data: Data, settings: DemoSettings, se
     with seconds.of("stages 1-2: calibrate"):
         scores = cobra.calibrate(model, data.calibration, max_examples=settings.calibration_examples)
     scores.save(out / "scores.safetensors")
+    parameters = settings.average_rank * sum(K + N for shapes in scores.shapes for K, N in shapes)  # of a LoRA of this rank
     config = cobra.CobraConfig(
-        rank_budget=settings.average_rank * len(scores.sites),
+        rank_budget=cobra.Budget(parameters, "parameters"),
         r_max=2 * settings.average_rank,
         total_steps=search_steps,
         seed=settings.seed,
