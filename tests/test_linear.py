@@ -122,3 +122,28 @@ def test_autocast():
     assert not torch.equal(outputs.logits, exact)
     torch.testing.assert_close(outputs.logits.float(), exact, rtol=0.1, atol=0.1)
     assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_straight_through_gates_are_hard_with_the_samples_gradient():
+    """The forward sees 0 or 1, the logits the gradient of the concrete sample."""
+    _, soft = attached()
+    _, hard = attached(gate="straight_through")
+    stir(soft), stir(hard)
+    for ours, theirs in zip(layers_of(hard), layers_of(soft), strict=True):
+        z, sample = ours.gates(), theirs.gates()
+        torch.testing.assert_close(z, (sample > 0.5).to(z.dtype), rtol=0, atol=1e-6)
+        weights = torch.arange(1.0, len(z) + 1)
+        (gradient,) = torch.autograd.grad(z @ weights, ours.lora_gate)
+        (expected,) = torch.autograd.grad(sample @ weights, theirs.lora_gate)
+        torch.testing.assert_close(gradient, expected)
+    assert {0.0, 1.0} == {round(value, 6) for layer in layers_of(hard) for value in layer.gates().tolist()}
+
+
+def test_lora_B_takes_its_own_rate():
+    """Every trained parameter is in one group, lora_B's at its ratio (LoRA+)."""
+    _, adapter = attached(lora_B_lr_scale=16.0)
+    rates = {id(p): group["lr"] for group in adapter.parameter_groups(lr=1e-3) for p in group["params"]}
+    assert {rates[id(layer.lora_B)] for layer in layers_of(adapter)} == {1.6e-2}
+    assert {rates[id(layer.lora_A)] for layer in layers_of(adapter)} == {1e-3}
+    plain = [group["lr"] for group in attached()[1].parameter_groups(lr=1e-3)]
+    assert plain == [1e-3] * len(plain)

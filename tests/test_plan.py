@@ -45,7 +45,7 @@ def test_extracted_plan_describes_the_adapter():
     plan = adapter.extract()
     assert [site.members for site in plan.sites] == [tuple(s.name for s in group.sites) for group in adapter.groups]
     assert plan.parameters == sum(rank * sum(model.get_submodule(name).weight.shape) for name, rank in plan.ranks.items())
-    assert all(p == 0.5 for site in plan.sites for p in site.posterior)
+    assert all(p == pytest.approx(0.9) for site in plan.sites for p in site.posterior)
 
 
 def test_file_round_trip(tmp_path):

@@ -120,3 +120,11 @@ def test_equal_groups_have_a_flat_prior(groups, scale):
 
 def test_gamma_zero_is_no_prior():
     assert not prior_logits(fuse(PHI, GAMMA), 0.0).any()
+
+
+def test_log_prior_has_odds_in_proportion():
+    """gamma 1 on log pi: where pi doubles, the prior's odds double; a group without weight counts as the least one."""
+    logits = prior_logits(torch.tensor([0.1, 0.2, 0.4, 0.0]), 1.0, "log")
+    odds = logits.exp()
+    torch.testing.assert_close(odds / odds[0], torch.tensor([1.0, 2.0, 4.0, 1.0], dtype=torch.float64))
+    assert logits.mean().item() == pytest.approx(0)
