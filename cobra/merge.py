@@ -109,8 +109,9 @@ def merge_layers(
     if lossy and above == "raise":
         worst, dtype = max(lossy, key=lambda entry: entry[0].rounding_loss)
         raise ValueError(
-            f"{worst.name}: rounding to {dtype} would lose {worst.rounding_loss:.0%} of the update, the tolerance is "
-            f"{tolerance:.0%} ({len(lossy)} layers are above it); merge with above='keep', or into an fp32 copy of the model"
+            f"{worst.name}: rounding to {dtype} would lose {100 * worst.rounding_loss:.3g}% of the update, the "
+            f"tolerance is {100 * tolerance:.3g}% ({len(lossy)} layers are above it); merge with above='keep', or into an fp32 "
+            "copy of the model"
         )
     done = [i for i, report in enumerate(reports) if report.merged]
     originals = tuple(_replace_weight(work[i][0].module, weights[i]) for i in done)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,12 +133,9 @@ class RankPlan:
 
         return axolotl_keys(self, scaling)
 
-    def to_dataframe(self):
-        """One row a layer: its group, rank, gates, the posterior of the weakest kept gate, parameters of one rank of the group
-        (needs pandas)."""
-        import pandas
-
-        rows = [
+    def rows(self) -> list[dict]:
+        """One a layer: its group, rank, gates, the posterior of the weakest kept gate, parameters of one rank of the group."""
+        return [
             {
                 "layer": member,
                 "group": site.name,
@@ -148,7 +147,21 @@ class RankPlan:
             for site in self.sites
             for member in site.members
         ]
-        return pandas.DataFrame(rows)
+
+    def to_dataframe(self):
+        """`rows` as a data frame (needs pandas)."""
+        import pandas
+
+        return pandas.DataFrame(self.rows())
+
+    def csv(self) -> str:
+        """`rows` as text."""
+        text = io.StringIO()
+        fields = ("layer", "group", "rank", "gates", "least_kept", "rank_parameters")
+        table = csv.DictWriter(text, fields, lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.rows())
+        return text.getvalue()
 
     def plot(self, path: Path | str | None = None):
         """The ranks as a heat map, layer by module (needs matplotlib)."""

@@ -31,11 +31,14 @@ class PlanFormat(StrEnum):
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Errors that say what to do end the command with their text and code 2."""
+    """Errors that say what to do end the command with their text and code 2, and so does a library that is not there."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except ModuleNotFoundError as error:
+        typer.echo(f"error: this needs {error.name}: pip install 'cobra-peft[peft,plots,cli]'", err=True)
         raise typer.Exit(2) from error
 
 
@@ -86,9 +89,9 @@ def plan(
     out: Annotated[Path | None, typer.Option(help="Writes the plan (JSON), for Adapter.apply.")] = None,
 ) -> None:
     """Ranks from scores alone, in proportion to the prior: for training with any tool."""
-    from cobra import Budget, LayerScores, plan_ranks
-
     with _explained():
+        from cobra import Budget, LayerScores, plan_ranks
+
         limits = Budget(budget, unit, minimum=minimum, multiple=multiple, tied=tuple(tied or ()))
         found = plan_ranks(LayerScores.load(scores), limits, r_max, fusion)
         if out is not None:
@@ -100,7 +103,7 @@ def _printed(plan, show: PlanFormat, scaling: float) -> str:
     if show is PlanFormat.table:
         return plan.table() + "\n"
     if show is PlanFormat.csv:
-        return plan.to_dataframe().to_csv(index=False)
+        return plan.csv()
     if show is PlanFormat.axolotl:
         import yaml
 
@@ -119,9 +122,9 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Whether engines load an adapter, of COBRA or any other, with the right scale; exit code 1 where one does not."""
-    from cobra.export.check import ENGINES, check_adapter
-
     with _explained():
+        from cobra.export.check import ENGINES, check_adapter
+
         asked = tuple(name.strip() for name in engines.split(",") if name.strip()) or ENGINES
         found = check_adapter(folder, asked)
     typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else found.table())
@@ -138,12 +141,15 @@ def merge(
     tolerance: Annotated[
         float | None, typer.Option(help="Largest share of an update that rounding may lose, else an error.")
     ] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="Class of transformers to load the base as; config.json's by default.")
+    ] = None,
 ) -> None:
     """Adapters folded into a base model's weights, all of them at once, and saved as a plain model."""
-    from cobra.cli.merge import merge_folders
-
     with _explained():
-        typer.echo(merge_folders(base, adapter, weight or [1.0] * len(adapter), out, tolerance).table())
+        from cobra.cli.merge import merge_folders
+
+        typer.echo(merge_folders(base, adapter, weight or [1.0] * len(adapter), out, tolerance, architecture).table())
 
 
 @app.command()
@@ -152,9 +158,9 @@ def report(
     out: Annotated[Path | None, typer.Option(help="A new folder; RUN/report by default.")] = None,
 ) -> None:
     """One self-contained HTML page of a run, with the drawings and the data behind each beside it."""
-    from cobra.report.page import write_report
-
     with _explained():
+        from cobra.report.page import write_report
+
         typer.echo(str(write_report(run, out)))
 
 

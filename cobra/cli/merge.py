@@ -3,43 +3,90 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import cobra
 from cobra import storage
 
+# what stands beside a model's weights and is not written by its save_pretrained
+BESIDE = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*tokens*.json", "chat_template*", "*processor_config.json")
+
 
 def merge_folders(
-    base: Path, adapters: list[Path], weights: list[float], out: Path, tolerance: float | None
+    base: Path,
+    adapters: Sequence[Path],
+    weights: Sequence[float],
+    out: Path,
+    tolerance: float | None = None,
+    architecture: str | None = None,
 ) -> cobra.MergeReport:
     """Writes the merged model and its tokenizer, whole or not at all.
 
-    Raises FileNotFoundError, ValueError for a base or an output folder that does not fit, and what loading and merging raise.
+    architecture: a class of transformers; by default the one in the base's config.json
+
+    Raises FileNotFoundError, ValueError for a base or an output folder that does not fit, OSError where the output cannot be
+    written, and what loading and merging raise.
     """
     if len(weights) != len(adapters):
         raise ValueError(f"{len(weights)} weights for {len(adapters)} adapters; give one for each")
     if out.exists():
         raise ValueError(f"{out} exists; name a new folder")
     parts = [(cobra.load_adapter(folder), weight) for folder, weight in zip(adapters, weights, strict=True)]
-    model = _load(base)
-    report = cobra.combine(parts).attach(model).merge(tolerance=tolerance)
+    combined = cobra.combine(parts)
+    model = _load(base, architecture, combined)
+    try:
+        adapter = combined.attach(model)
+    except ValueError as error:
+        kind = type(model).__name__
+        raise ValueError(
+            f"{error} (the base was loaded as {kind}; if the adapter is of another class, name it: --architecture)"
+        ) from error
+    report = adapter.merge(tolerance=tolerance)
     with storage.new_folder(out) as fresh:
         model.save_pretrained(fresh)
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "chat_template.jinja"):
-            if (base / name).is_file():
-                (fresh / name).write_bytes((base / name).read_bytes())
+        for path in sorted({path for pattern in BESIDE for path in base.glob(pattern) if path.is_file()}):
+            if not (fresh / path.name).exists():
+                shutil.copyfile(path, fresh / path.name)
     return report
 
 
-def _load(base: Path):
-    """The model as its own architecture, heads included, in the dtype it was saved in."""
+def _load(base: Path, architecture: str | None, adapter: cobra.LoraAdapter):
+    """The model as the class asked for or as its own, heads included, in the dtype it was saved in."""
     import transformers
 
     path = base / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a transformers model folder")
-    names = json.loads(path.read_bytes()).get("architectures") or []
-    architecture = getattr(transformers, names[0], None) if names else None
-    if architecture is None:
-        raise ValueError(f"{path}: architectures is {names}, and transformers {transformers.__version__} has no such class")
-    return architecture.from_pretrained(base, dtype="auto")
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: expected a model's configuration (JSON), found a truncated or foreign file: {error}"
+        ) from error
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "an unknown method")
+        raise ValueError(
+            f"{path}: the base is quantised ({method}), and a sum cannot be rounded back into it: merge into the model it was "
+            "made from, or load it, model.dequantize(), save_pretrained, and merge into that"
+        )
+    names = [architecture] if architecture else config.get("architectures") or []
+    found = getattr(transformers, names[0], None) if names else None
+    if not hasattr(found, "from_pretrained"):
+        raise ValueError(
+            f"{path}: architectures is {names}, and transformers {transformers.__version__} has no such class; name one with "
+            "--architecture"
+        )
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, info = found.from_pretrained(base, dtype="auto", output_loading_info=True)
+    except RuntimeError as error:
+        raise ValueError(f"{base}: the weights are not those of {path.name}: {error}") from error
+    brought = {f"{name}.{key}" for name, head in adapter.heads.items() for key in head}
+    random = sorted(set(info["missing_keys"]) - brought)
+    if random:
+        raise ValueError(
+            f"{base}: has no {random[0]}, which {names[0]} needs, and no adapter brings it ({len(random)} are missing)"
+        )
+    return model

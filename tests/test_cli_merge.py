@@ -1,0 +1,121 @@
+"""`cobra merge` with what strangers bring: classes, quantised and broken bases, tokenizers; and when it cannot go through."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from models import attached, logits_of, minilm, minilm_folder, review_batch, stir, vit
+from test_lora import trained
+from test_storage import content, ended, limit_file_size
+from typer.testing import CliRunner
+
+from cobra.cli.app import app
+from cobra.cli.merge import merge_folders
+
+run = CliRunner().invoke
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A base model's folder and an adapter's."""
+    folder = tmp_path_factory.mktemp("merge")
+    vit().save_pretrained(folder / "base")
+    trained(vit)[1].save_pretrained(folder / "adapter")
+    return folder / "base", folder / "adapter"
+
+
+def merge(*arguments):
+    return run(app, ["merge", *map(str, arguments)])
+
+
+def refused(result, *words):
+    """One line, code 2, no traceback."""
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_a_head_is_merged_into_a_class_with_one(tmp_path):
+    """The packaged encoder has none; the class and the adapter trained on it bring one. The tokenizer comes along."""
+    model, adapter = attached(minilm, gate="mean")
+    stir(adapter)
+    adapter.save_pretrained(tmp_path / "adapter")
+    adapter.merge()
+    refused(merge(minilm_folder(), tmp_path / "adapter", "--out", tmp_path / "m"), "loaded as BertModel", "--architecture")
+    result = merge(
+        minilm_folder(), tmp_path / "adapter", "--out", tmp_path / "m", "--architecture", "BertForSequenceClassification"
+    )
+    assert result.exit_code == 0, result.output
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval()
+    torch.testing.assert_close(logits_of(found, review_batch()), logits_of(model.eval(), review_batch()), rtol=0, atol=1e-5)
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "m")("a fine film")
+    assert tokens["input_ids"] == AutoTokenizer.from_pretrained(minilm_folder())("a fine film")["input_ids"]
+
+
+def test_no_head_is_made_up(tmp_path):
+    """A class with a head that neither the base nor the adapter has: its weights would be random."""
+    _, adapter = attached(minilm, gate="mean", modules_to_save=())
+    adapter.save_pretrained(tmp_path / "adapter")
+    options = ("--out", tmp_path / "m", "--architecture", "BertForSequenceClassification")
+    refused(merge(minilm_folder(), tmp_path / "adapter", *options), "has no classifier.bias", "no adapter brings it")
+    assert not (tmp_path / "m").exists()
+
+
+def changed(base, folder, **settings):
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_bases_that_do_not_fit(made, tmp_path):
+    base, adapter = made
+    out = ("--out", tmp_path / "m")
+    refused(merge(tmp_path / "none", adapter, *out), "none/config.json: no such file; expected a transformers model folder")
+    refused(merge(base, tmp_path / "none", *out), "none: no such folder; expected that of an adapter")
+    refused(merge(adapter, base, *out), "base/adapter_config.json: no such file")
+    quantised = changed(base, tmp_path / "q", quantization_config={"quant_method": "bitsandbytes"})
+    refused(merge(quantised, adapter, *out), "q/config.json: the base is quantised (bitsandbytes)", "dequantize")
+    unknown = changed(base, tmp_path / "u", architectures=["Foreign"])
+    refused(merge(unknown, adapter, *out), "architectures is ['Foreign']", "--architecture")
+    broken = changed(base, tmp_path / "b")
+    (broken / "config.json").write_text('{"architectures": [')
+    refused(merge(broken, adapter, *out), "b/config.json: expected a model's configuration (JSON)")
+    empty = changed(base, tmp_path / "e")
+    (empty / "model.safetensors").unlink()
+    refused(merge(empty, adapter, *out), "model.safetensors")
+    other = changed(base, tmp_path / "o", hidden_size=64)
+    assert "o: the weights are not those of config.json" in merge(other, adapter, *out).stderr
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_tolerance_that_is_exceeded(made, tmp_path):
+    vit().bfloat16().save_pretrained(tmp_path / "half")
+    refused(merge(tmp_path / "half", made[1], "--out", tmp_path / "m", "--tolerance", "1e-9"), "would lose", "fp32 copy")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("kill", [True, False], ids=["killed", "disk full"])
+def test_a_merge_that_cannot_be_written(made, kill, tmp_path):
+    """The model's own save_pretrained ends in its middle: there is no folder, and nothing half-written under its name."""
+    base, adapter = made
+    size = (base / "model.safetensors").stat().st_size
+    out = tmp_path / "m"
+
+    def write() -> None:
+        limit_file_size(size // 2, kill=kill)
+        try:
+            merge_folders(base, [adapter], [1.0], out)
+        except OSError as error:
+            os._exit(3 if str(out) in str(error) and "nothing was written" in str(error) else 4)
+
+    assert ended(write) == (-signal.SIGXFSZ if kill else 3)
+    assert not out.exists()
+    assert kill or not list(tmp_path.iterdir())
+    merge_folders(base, [adapter], [1.0], out)
+    assert content(out)["config.json"]
