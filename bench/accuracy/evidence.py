@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.accuracy import figures, tables
+from bench.accuracy import diagnosis, figures, tables
 from bench.accuracy.rows import ROWS, read_rows
 from bench.accuracy.statistics import Summary, check_equal_budget, summarise
 from cobra import storage
@@ -34,6 +34,7 @@ TABLES: dict[str, Callable[[Sequence[dict], Summary], str]] = {
     "search": lambda rows, summary: tables.search(rows, summary, RULE),
     "budget": tables.budget,
     "cost": tables.cost,
+    "diagnosis": lambda rows, summary: diagnosis.markdown(diagnosis.read_rows()),
 }
 BLOCK = re.compile(r"(<!-- (table|figure): ([^ ]*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 MARKER = re.compile(r"<!-- (?:table|figure): ([^ ]*) -->|<!-- (end) -->")

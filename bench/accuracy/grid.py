@@ -18,9 +18,10 @@ from bench.accuracy.rows import append_row, claim, read_rows
 from bench.accuracy.run import Diverged, run
 from bench.accuracy.statistics import select_best
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-RANKS = (2, 8)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2, 3, 4)
+PEERS = ("lora", "cobra", "adalora")
+METHODS = (*PEERS, "paper")
 SEARCH_SEED = 100  # of no final run
 TASKS = ("supersense", "rt", "crowd", "kotz", "trec")
 SEARCH_TASKS = ("supersense", "rt", "trec")
@@ -88,7 +89,7 @@ FACTOR_REFERENCE = {
 
 def search() -> Iterator[Recipe]:
     """The same learning rates for every method, on validation, at the small budget."""
-    for method in ("lora", "cobra", "adalora", "paper"):
+    for method in METHODS:
         for task in SEARCH_TASKS:
             for rate in RATES:
                 yield _recipe("search", task, method, 2, rate, SEARCH_SEED)
@@ -108,12 +109,12 @@ def factor() -> Iterator[Recipe]:
 def final() -> Iterator[Recipe]:
     """Every method at the rate that its search found, on test."""
     rates = _rates()
-    for rank in RANKS:
-        for seed in SEEDS:
+    cells = [(2, PEERS, SEEDS), (2, ("paper",), SEEDS[:3]), (8, PEERS, SEEDS), (8, ("paper",), SEEDS[:3])]
+    for rank, methods, seeds in cells:
+        for seed in seeds:
             for task in TASKS:
-                for method in ("lora", "cobra", "adalora"):
-                    if method in rates:
-                        yield _recipe("final", task, method, rank, rates[method], seed)
+                for method in methods:
+                    yield _recipe("final", task, method, rank, rates[method], seed)
 
 
 def _rates() -> dict[str, float]:
