@@ -25,18 +25,19 @@ from cobra.diagnosis import Diagnosis, by_block, diagnose
 ROWS = Path(__file__).parent / "rows" / "diagnosis.jsonl"
 _SHARED = DiagnosisSettings("", "reviews", examples=32, steps=20, longest=48)
 _RANDOM = replace(_SHARED, random_init=True)
+# a language head costs more than all layers: fewer examples and points keep these to minutes on a CPU core
+_LANGUAGE = replace(_SHARED, examples=16, steps=10, longest=32, points=(2, 5))
 
 SUBJECTS: dict[str, DiagnosisSettings] = {
     "minilm": replace(_SHARED, model="minilm"),
-    # the only large one: fewer examples and points keep it to minutes on a CPU core
-    "smollm2": replace(_SHARED, model="smollm2", baseline="mean", examples=16, steps=10, longest=32, draws=2, points=(5,)),
+    "smollm2": replace(_LANGUAGE, model="smollm2", baseline="mean", draws=2, points=(5,)),
     "bert": replace(_RANDOM, model="bert"),
     "roberta": replace(_RANDOM, model="roberta"),
     "deberta-v2": replace(_RANDOM, model="deberta-v2"),
     "mpnet": replace(_RANDOM, model="mpnet"),
-    "gpt2": replace(_RANDOM, model="gpt2"),
+    "gpt2": replace(_LANGUAGE, model="gpt2", random_init=True),
     # no position embeddings before the first normalisation, and random embeddings average zero: a token's is no singular point
-    "llama": replace(_RANDOM, model="llama", baseline="token:[MASK]"),
+    "llama": replace(_LANGUAGE, model="llama", random_init=True, baseline="token:[MASK]"),
     "t5": replace(_RANDOM, model="t5", baseline="token:[MASK]"),
     "vit": replace(_RANDOM, model="vit", data=IMAGES, steps=60),
 }
