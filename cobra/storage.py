@@ -24,9 +24,12 @@ class FormatError(ValueError):
 def write_bytes(path: Path | str, data: bytes) -> None:
     """Writes a file through a neighbour and a rename: a reader sees the old file or the new one.
 
-    Raises OSError naming the file, e.g. for a full disk; a kill leaves the old file, and the neighbour, .NAME.*.tmp.
+    Raises ValueError for the name of a folder, OSError naming the file, e.g. for a full disk. A kill leaves the old file, and
+    the neighbour, .NAME.*.tmp.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:

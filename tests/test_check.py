@@ -246,5 +246,5 @@ def test_engines_are_chosen_by_name(tmp_path):
     assert tuple(check_adapter(folder).verdicts) == ENGINES
     assert tuple(check_adapter(folder, ["gguf", "peft"]).verdicts) == ("gguf", "peft")
     for engines in (["ollama"], "peft"):
-        with pytest.raises(ValueError, match="expected some of peft, transformers, vllm, sglang, gguf, in a list"):
+        with pytest.raises(ValueError, match="expected a list of some of peft, transformers, vllm, sglang, gguf"):
             check_adapter(folder, engines)

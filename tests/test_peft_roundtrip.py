@@ -22,7 +22,7 @@ from cobra.lora import LoraAdapter
 from cobra.sites import find_sites
 
 PREFIX = "base_model.model."
-TOLERANCE = 2e-5  # of the largest value; ten times what was measured
+TOLERANCE = 5e-5  # of the largest value; measured: 1.4e-6, and 1.2e-5 behind all 30 layers of SmolLM2
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ def check_adapter(folder: Path | str, engines: Sequence[str] = ENGINES) -> Adapt
     """
     unknown = [engine for engine in engines if engine not in RULES]
     if isinstance(engines, str) or unknown:
-        raise ValueError(f"engines={engines!r}: expected some of {', '.join(ENGINES)}, in a list or tuple")
+        found = f"engines={engines!r}, a string" if isinstance(engines, str) else f"engine {unknown[0]!r} is unknown"
+        raise ValueError(f"{found}; expected a list of some of {', '.join(ENGINES)}")
     checkpoint = read_checkpoint(folder)
     return AdapterCheck(str(folder), {engine: judge(engine, checkpoint) for engine in engines})
 
