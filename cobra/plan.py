@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cobra import storage
 from cobra.budget import Allocation, Budget, allocate
@@ -212,7 +214,8 @@ def plan_ranks(scores: LayerScores, budget: int | Budget, r_max: int = 64, fusio
     r_max: the largest rank of a group
     fusion: as in CobraConfig
 
-    Raises ValueError for budgets that `allocate` refuses.
+    Warns where one group has more than half of the prior, as a pooler may that every output passes through, unless the budget
+    has a maximum. Raises ValueError for budgets that `allocate` refuses.
     """
     budget = Budget.of(budget)
     pi = fuse(scores.conductance, scores.gradient, fusion).double()
@@ -220,6 +223,7 @@ def plan_ranks(scores: LayerScores, budget: int | Budget, r_max: int = 64, fusio
     shares = [p / (torch.arange(size, dtype=torch.float64) + 0.5) for p, size in zip(pi, sizes, strict=True)]
     costs = [rank_cost(budget.unit, shapes) for shapes in scores.shapes]
     allocation = allocate(list(scores.sites), shares, costs, budget)
+    _warn_of_dominance(scores.sites, pi, allocation, budget, fusion)
     prior = prior_logits(pi, 5.0, "literal").sigmoid().tolist()
     return RankPlan(
         tuple(
@@ -231,4 +235,18 @@ def plan_ranks(scores: LayerScores, budget: int | Budget, r_max: int = 64, fusio
         "one",
         scores.fingerprint,
         provenance("scores", budget, allocation),
+    )
+
+
+def _warn_of_dominance(names: tuple[str, ...], pi: Tensor, allocation: Allocation, budget: Budget, fusion: str) -> None:
+    first = int(pi.argmax())
+    if len(names) < 4 or pi[first] <= 0.5 or budget.maximum is not None:
+        return
+    ranks = list(map(len, allocation.kept))
+    even = max(1, sum(ranks) // len(ranks))
+    other = "take fusion='sum', which spreads more, " if fusion == "product" else ""
+    warnings.warn(
+        f"{names[first]} has {pi[first]:.0%} of the prior and gets {ranks[first]} of {sum(ranks)} ranks: limit it "
+        f"with a maximum (Budget(..., maximum={{{names[first]!r}: {even}}})), {other}or calibrate without it (target_modules)",
+        stacklevel=3,
     )

@@ -1,6 +1,7 @@
 """The commands, as a shell calls them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,12 +64,31 @@ def test_plan_for_other_tools(scores, show):
         (["--budget", "99999"], "the capacity of 12 groups"),
         (["--budget", "8", "--unit", "watts"], "unit='watts' is not one of"),
         (["--budget", "8", "--tied", "moe"], "moe"),
+        (["--budget", "8", "--maximum", "8"], "--maximum 8: expected NAME=RANK"),
+        (["--budget", "8", "--maximum", "nowhere=8"], "nowhere"),
+        (["--budget", "8", "--out", "."], ". is a folder; name a file"),
     ],
 )
 def test_plan_errors(scores, options, message):
     """Exit code 2, one line, no traceback."""
     result = run(app, ["plan", str(scores), *options])
     assert result.exit_code == 2 and message in result.stderr and result.stderr.startswith("error: ")
+
+
+def test_plan_with_limits_and_warnings(scores, tmp_path):
+    """A layer with most of the prior is told of on the error stream, and one option limits it."""
+    found = cobra.LayerScores.load(scores)
+    name = found.sites[2]
+    steep = torch.full_like(found.conductance, 1.0)
+    steep[2] = 100.0
+    replace(found, conductance=steep, gradient=torch.ones_like(steep)).save(tmp_path / "steep.safetensors")
+    command = ["plan", str(tmp_path / "steep.safetensors"), "--budget", "24", "--format", "json"]
+    result = run(app, command)
+    assert result.exit_code == 0 and result.stderr.startswith(f"warning: {name} has 90% of the prior and gets ")
+    assert RankPlan.from_dict(json.loads(result.stdout)).ranks[name] > 12
+    result = run(app, [*command, "--maximum", f"{name}=3"])
+    assert result.exit_code == 0 and not result.stderr
+    assert RankPlan.from_dict(json.loads(result.stdout)).ranks[name] == 3
 
 
 def test_plan_of_a_missing_file(tmp_path):

@@ -1,6 +1,7 @@
 """The plan as a value, as a file, in the words of other trainers, and made from scores alone."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -205,6 +206,22 @@ def test_plan_from_scores_is_proportional(scores):
     assert ((ranks - shares).abs() < 1.0 + 0.02 * shares).all()
     assert [site.members for site in plan.sites] == list(scores.members)
     assert plan.fingerprint == scores.fingerprint
+
+
+@pytest.mark.filterwarnings("ignore:the path integral misses")
+def test_a_group_with_most_of_the_prior_is_told_of(scores):
+    """The pooler, which every output of this head passes through: who it is, what it gets, and what does something about it."""
+    said = r"bert\.pooler\.dense has \d\d% of the prior and gets \d+ of 74 ranks: .* maximum={'bert\.pooler\.dense': 2}.*'sum'"
+    with pytest.warns(UserWarning, match=said):
+        plan = plan_ranks(scores, 74)
+    assert scores.prior.max() > 0.5 and plan.ranks["bert.pooler.dense"] > 37
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        limited = plan_ranks(scores, Budget(74, maximum={"bert.pooler.dense": 2}))
+        spread = plan_ranks(scores, 74, fusion="sum")
+    assert limited.total == 74 and limited.ranks["bert.pooler.dense"] == 2
+    assert all(limited.ranks[name] >= rank for name, rank in plan.ranks.items() if name != "bert.pooler.dense")
+    assert spread.ranks["bert.pooler.dense"] < 37
 
 
 @pytest.mark.filterwarnings("ignore:the path integral misses")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -81,6 +82,9 @@ def plan(
     ] = "ranks",
     r_max: Annotated[int, typer.Option(min=1, help="Largest rank of a layer.")] = 64,
     minimum: Annotated[int, typer.Option(min=0, help="Smallest rank of a layer.")] = 0,
+    maximum: Annotated[
+        list[str] | None, typer.Option(help="Largest rank of a layer: NAME=RANK, where NAME may be the end of a layer's name.")
+    ] = None,
     multiple: Annotated[int, typer.Option(min=1, help="Every rank is a multiple of this.")] = 1,
     tied: Annotated[list[str] | None, typer.Option(help="Equal ranks: qkv, gate_up, experts, or a regular expression.")] = None,
     fusion: Annotated[str, typer.Option(help="product, sum, contribution or gradient.")] = "product",
@@ -92,11 +96,31 @@ def plan(
     with _explained():
         from cobra import Budget, LayerScores, plan_ranks
 
-        limits = Budget(budget, unit, minimum=minimum, multiple=multiple, tied=tuple(tied or ()))
-        found = plan_ranks(LayerScores.load(scores), limits, r_max, fusion)
+        limits = Budget(budget, unit, minimum, _limits(maximum or ()), multiple, tuple(tied or ()))
+        with _warnings_told():
+            found = plan_ranks(LayerScores.load(scores), limits, r_max, fusion)
         if out is not None:
             found.save(out)
         typer.echo(_printed(found, show, scaling), nl=False)
+
+
+def _limits(maximum: Sequence[str]) -> dict[str, int] | None:
+    """NAME=RANK, any number of times."""
+    pairs = [text.rpartition("=") for text in maximum]
+    wrong = [text for text, (name, _, rank) in zip(maximum, pairs, strict=True) if not (name and rank.isdigit())]
+    if wrong:
+        raise ValueError(f"--maximum {wrong[0]}: expected NAME=RANK, such as pooler.dense=8; --r-max limits all layers")
+    return {name: int(rank) for name, _, rank in pairs} or None
+
+
+@contextmanager
+def _warnings_told() -> Iterator[None]:
+    """A line each on the error stream, without the place in the library."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        yield
+    for warning in found:
+        typer.echo(f"warning: {warning.message}", err=True)
 
 
 def _printed(plan, show: PlanFormat, scaling: float) -> str:
