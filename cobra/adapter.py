@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,12 @@ class Group:
     @property
     def rank(self) -> int:
         return self.layers[0][0].rank
+
+
+def cost_of_rank(sites: Sequence[Site], unit: str, element_size: int) -> int:
+    """What one rank of a group costs; of FLOPs, once for every module that multiplies with a weight."""
+    uses = [(s.in_features, s.out_features) for s in sites for _ in (s.modules if unit == "flops" else s.modules[:1])]
+    return rank_cost(unit, uses, element_size)
 
 
 class Adapter:
@@ -209,7 +215,7 @@ class Adapter:
         diverged = [g.name for g, p in zip(self.groups, posteriors, strict=True) if not torch.isfinite(p).all()]
         if diverged:
             raise ValueError(f"{diverged[0]}: gates are not finite: the training diverged; lower the learning rate")
-        costs = [self._rank_cost(group, budget.unit) for group in self.groups]
+        costs = [cost_of_rank(group.sites, budget.unit, group.layers[0][0].lora_A.element_size()) for group in self.groups]
         allocation = allocate([g.name for g in self.groups], posteriors, costs, budget)
         return RankPlan(
             tuple(
@@ -222,11 +228,6 @@ class Adapter:
             self.base_fingerprint,
             {**provenance("gates", budget, allocation), "step": self.current_step},
         )
-
-    def _rank_cost(self, group: Group, unit: str) -> int:
-        if unit == "flops":  # a weight that several modules use is multiplied by each of them
-            return rank_cost(unit, [(s.in_features, s.out_features) for s in group.sites for _ in s.modules])
-        return rank_cost(unit, group.shapes, group.layers[0][0].lora_A.element_size())
 
     def _gate_logits(self, group: Group) -> Tensor:
         gate = group.gate

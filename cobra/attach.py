@@ -8,12 +8,11 @@ import zlib
 import torch
 from torch import nn
 
-from cobra.adapter import Adapter, Group
+from cobra.adapter import Adapter, Group, cost_of_rank
 from cobra.budget import Budget, allocate
 from cobra.config import CobraConfig
 from cobra.linear import CobraLinear
 from cobra.lora import LoraAdapter, LoraLayer, check_layer
-from cobra.plan import rank_cost
 from cobra.prior import fuse, prior_logits
 from cobra.scores import LayerScores
 from cobra.sites import Site, block_of, find_sites, fingerprint, task_heads
@@ -40,7 +39,8 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
         members.setdefault(block_of(site.name) if config.granularity == "block" else site.name, []).append(site)
     ranks = [min(config.r_max, *(min(s.in_features, s.out_features) for s in group)) for group in members.values()]
     budget = Budget.of(config.rank_budget)
-    costs = [rank_cost(budget.unit, [(s.in_features, s.out_features) for s in group]) for group in members.values()]
+    trained_as = torch.promote_types(sites[0].weight.dtype, torch.float32)
+    costs = [cost_of_rank(group, budget.unit, trained_as.itemsize) for group in members.values()]
     allocate(list(members), [torch.ones(rank) for rank in ranks], costs, budget)  # says now what extract() would say later
     priors = _priors(members, ranks, config, scores)
     starts = _starts(sites, config, scores)

@@ -58,7 +58,7 @@ def calibrate(
     target_modules: as in `CobraConfig`
     chunk_bytes: activation memory the path sweep may take; larger chunks are not faster on a CPU
     directions: leading gradient directions to keep of every layer, for init="gradient" and prior_level="rank"; takes the memory
-        of the target weights in fp32 while it runs, 512 rows of each at most where they have over 2,048
+        of the target weights in fp32 while it runs; of each that has over 2,048 rows 512, or twice the directions
 
     Where torch.distributed is initialised, every rank calls it with a loader of its own part of the examples; all get the
     scores of all examples, those of rank 0 first.
@@ -88,7 +88,7 @@ def calibrate(
     of_all = distributed.share(max_examples)
 
     def measure() -> distributed.Results:
-        collected = _Collected()
+        collected = _Collected(directions)
         with frozen(model), Progress("calibrate", _examples(loader, of_all), shown=progress and not distributed.rank()) as bar:
             for index, (batch, counted) in enumerate(_batches(model, loader, of_all)):
                 entry = find_entry(model, batch, baseline)
@@ -120,10 +120,10 @@ def calibrate(
 class _Collected:
     """Per-example results of the batches so far."""
 
-    def __init__(self):
+    def __init__(self, directions: int = 0):
         self.squared, self.attributed, self.entry, self.change = [], [], [], []
         self.called, self.reached, self.batches = frozenset(), frozenset(), 0
-        self.sums = GradientSums()
+        self.sums = GradientSums(directions)
 
     @classmethod
     def of(cls, ranks: list[distributed.Results]) -> _Collected:

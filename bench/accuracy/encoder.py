@@ -61,7 +61,14 @@ class Encoded:
             yield rows, self.batch(rows)
 
     def shuffled(self, size: int, steps: int, seed: int) -> Iterator[Batch]:
-        """`steps` training batches, reshuffled every epoch; neighbours in length share a batch, which spares padding."""
+        """`steps` training batches, reshuffled every epoch; neighbours in length share a batch, which spares padding.
+
+        Raises ValueError where the examples do not fill a batch.
+        """
+        if size > len(self):
+            raise ValueError(
+                f"batch_size={size}: there are {len(self)} training examples; take more examples or smaller batches"
+            )
         drawn, batches = random.Random(seed), []
         while len(batches) < steps:
             order = drawn.sample(range(len(self)), len(self))

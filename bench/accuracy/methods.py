@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 
 import cobra
 from bench.accuracy.recipe import Recipe
+from cobra.config import PRESETS
 from cobra.plan import RankPlan
 from cobra.sites import Site, find_sites
 
@@ -85,6 +86,8 @@ def _peft(recipe: Recipe, model: nn.Module, batches: Callable[[], Sequence]) -> 
     sites = find_sites(model)
     shapes = {site.name: site.in_features + site.out_features for site in sites}
     rank, options = int(recipe.average_rank), recipe.options
+    if rank != recipe.average_rank:
+        raise ValueError(f"average_rank={recipe.average_rank}: {recipe.method} has one whole rank for every layer")
     common = {"target_modules": list(shapes), "modules_to_save": [HEAD], "lora_alpha": SCALING * rank}
     if recipe.method == "adalora":
         return _adalora(recipe, model, shapes, common)
@@ -168,6 +171,8 @@ def _cobra(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None) -
     budget = cobra.Budget(amount, "parameters", minimum=options.pop("minimum", 0))
     if recipe.method in ("uniform", "random", "plan"):
         return _fixed(recipe, model, scores, budget)
+    if recipe.method == "paper":
+        options = {**PRESETS["paper"], "cut": 1.0, **options}
     cut = round(options.pop("cut", CUT) * recipe.steps)
     for ours in ("r_max_multiple", "scores"):
         options.pop(ours, None)

@@ -23,7 +23,8 @@ class Recipe:
     precision: of the forward (autocast); evaluation likewise, calibration always in fp32
     dropout: of the base model, in hidden states and attention
     noise: share of the training labels replaced by another class at random
-    settings: of the method, by name; for those of COBRA fields of CobraConfig, and those of `CobraSettings`
+    settings: of the method, by name; for those of COBRA fields of CobraConfig, `minimum` (ranks of a layer), `r_max_multiple`
+        (gates of a layer in average ranks), `cut` (share of the steps before it) and `scores` (False: no calibration)
     """
 
     phase: str
@@ -49,6 +50,8 @@ class Recipe:
     def __post_init__(self):
         if self.phase not in PHASES:
             raise ValueError(f"phase={self.phase!r} is not one of {', '.join(PHASES)}")
+        if self.average_rank == int(self.average_rank):
+            object.__setattr__(self, "average_rank", int(self.average_rank))  # 2.0 is 2, in the key too
         object.__setattr__(self, "settings", tuple(sorted(dict(self.settings).items())))
 
     @property

@@ -17,7 +17,7 @@ def read_rows(folder: Path = ROWS) -> list[dict]:
     """Rows of every run in the folder. Raises ValueError naming file and line of one that is not JSON."""
     rows = []
     for path in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(_lines(path), 1):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
@@ -27,10 +27,17 @@ def read_rows(folder: Path = ROWS) -> list[dict]:
     return rows
 
 
+def _lines(path: Path) -> list[str]:
+    """Whole lines: no writer is in the middle of one."""
+    with open(path, encoding="utf-8") as f:
+        fcntl.flock(f, fcntl.LOCK_SH)
+        return list(f)
+
+
 def append_row(row: dict, folder: Path = ROWS) -> None:
     """Adds one line to the phase's file; concurrent writers take turns."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{row['phase']}.jsonl", "a") as f:
+    with open(folder / f"{row['phase']}.jsonl", "a", encoding="utf-8") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         f.write(json.dumps(row, ensure_ascii=False) + "\n")
         f.flush()

