@@ -1,5 +1,6 @@
 """Rows survive many writers, and a run is one process's until it ends, however it ends."""
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -16,6 +17,13 @@ from bench.accuracy.rows import append_row
 for i in range(30):
     append_row({"key": f"{sys.argv[2]} {i}", "phase": "search", "filling": "x" * 200_000}, Path(sys.argv[1]))
 """
+READER = """
+import sys
+from pathlib import Path
+from bench.accuracy.rows import read_rows
+print("reads", flush=True)
+print(len(read_rows(Path(sys.argv[1]))))
+"""
 HOLDER = """
 import sys
 from pathlib import Path
@@ -31,7 +39,7 @@ def started(code: str, *arguments) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def test_writers_take_turns_and_readers_see_whole_lines(tmp_path):
+def test_writers_take_turns(tmp_path):
     """Lines far longer than any buffer, by four processes at once."""
     writers = [started(WRITER, tmp_path, name) for name in "abcd"]
     seen = 0
@@ -45,6 +53,20 @@ def test_writers_take_turns_and_readers_see_whole_lines(tmp_path):
     rows = read_rows(tmp_path)
     assert {row["key"] for row in rows} == {f"{name} {i}" for name in "abcd" for i in range(30)} and len(rows) == 120
     assert all(len(row["filling"]) == 200_000 for row in rows)
+
+
+def test_readers_wait_for_a_writer_in_the_middle_of_a_line(tmp_path):
+    line = json.dumps({"key": "1", "phase": "search"}) + "\n"
+    with open(tmp_path / "search.jsonl", "a") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        f.write(line[:9])
+        f.flush()
+        reader = started(READER, tmp_path)
+        assert reader.stdout.readline() == "reads\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            reader.wait(0.5)
+        f.write(line[9:])
+    assert reader.communicate()[0] == "1\n"
 
 
 def test_rows_come_back_as_they_were(tmp_path):
