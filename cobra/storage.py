@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+_INTACT = "nothing was written, what was there before is as it was"
+
 
 class FormatError(ValueError):
     """A file that is not what it should be; the message names the file, what was expected and what was found."""
@@ -126,11 +128,10 @@ def _replace(fresh: Path, path: Path) -> None:
 
 def _unwritten(path: Path, error: Exception) -> OSError:
     """What did not go through, and that nothing is lost."""
-    number = getattr(error, "errno", None)
-    after = "nothing was written, what was there before is as it was"
-    if number is None:
-        return OSError(f"{path}: {error}; {after}")
-    return OSError(number, f"{os.strerror(number)}; {after}", str(path))
+    if not isinstance(error, OSError) or error.errno is None:
+        return OSError(f"{path}: {error}; {_INTACT}")
+    reason = (error.strerror or os.strerror(error.errno)).removesuffix(f"; {_INTACT}")
+    return OSError(error.errno, f"{reason}; {_INTACT}", str(path))
 
 
 def expect(path: Path | str, found: dict, expected: dict[str, Callable[[object], bool]]) -> None:
