@@ -20,8 +20,9 @@ from cobra import storage
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "evidence.md"
 RULE = "over tasks"
-# their adapters are larger by design; the budget table shows by how much
-LARGER = ("dora",)
+# DoRA's adapters are larger by design, AdaLoRA's up to 2 % smaller: the next rank in its order no longer fits. The budget table
+# shows by how much
+UNEQUAL = ("dora", "adalora")
 TABLES: dict[str, Callable[[Sequence[dict], Summary], str]] = {
     "runs": tables.runs,
     "main": tables.main,
@@ -73,7 +74,7 @@ def stale(document: Path, rows: Sequence[dict]) -> list[str]:
 
 def write(document: Path, rows: Sequence[dict]) -> None:
     """Fills the document and draws the figures."""
-    check_equal_budget([row for row in rows if row["phase"] == "final"], exempt=LARGER)
+    check_equal_budget([row for row in rows if row["phase"] == "final"], exempt=UNEQUAL)
     summary = summarise(rows)
     points = {name: make(rows, summary) for name, (make, *_) in figures.FIGURES.items()}
     text = render(document.read_text(encoding="utf-8"), rows, summary, points)
