@@ -88,7 +88,7 @@ class Adapter:
         self._dropped: list[Site] = []
         self._merged: Merge | None = None
         self._mode_at_merge = model.training
-        self._versions_at_cut: list[int] | None = None
+        self._marks_at_cut: list[tuple[int, Tensor]] | None = None
         self._steps_since_change = 0  # of the set of parameters
         self._nesting = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
         self._set_nested_tensors(False)
@@ -157,14 +157,14 @@ class Adapter:
         self._check_attached()
         self._steps_since_change += 1
         distributed.after_step(self.groups, self._steps_since_change, f"{self.base_fingerprint} {self.config}")
-        if self._versions_at_cut is not None:
-            if self._versions_at_cut and self._versions_at_cut == self._versions():
+        if self._marks_at_cut is not None:
+            if self._marks_at_cut and not self._moved_since(self._marks_at_cut):
                 warnings.warn(
                     "no parameter moved in the step after apply(plan): the optimizer holds the parameters from before the cut; "
                     "call apply(plan, optimizer), or make a new optimizer from parameter_groups()",
                     stacklevel=2,
                 )
-            self._versions_at_cut = None
+            self._marks_at_cut = None
         self.move_to_step(self.current_step + 1)
 
     def move_to_step(self, step: int) -> None:
@@ -273,11 +273,17 @@ class Adapter:
             shrink.forget(optimizer, removed)
         self.groups = [group for group, site in zip(self.groups, plan.sites, strict=True) if site.kept]
         self.plan = plan
-        self._versions_at_cut, self._steps_since_change = self._versions() if optimizer is None else None, 0
+        self._marks_at_cut, self._steps_since_change = self._marks() if optimizer is None else None, 0
 
-    def _versions(self) -> list[int]:
-        """Of the matrices alone: the heads are the same objects after the cut, and an old optimizer goes on moving them."""
-        return [p._version for g in self.groups for layer in g.all_layers for p in (layer.lora_A, layer.lora_B)]
+    def _marks(self) -> list[tuple[int, Tensor]]:
+        """Version and first values of the matrices alone: the heads are the same objects after the cut, and an old optimizer
+        goes on moving them. Fused optimizers leave the version as it is."""
+        matrices = [p for g in self.groups for layer in g.all_layers for p in (layer.lora_A, layer.lora_B)]
+        return [(p._version, p.detach().flatten()[:64].to("cpu", copy=True)) for p in matrices]
+
+    def _moved_since(self, marks: list[tuple[int, Tensor]]) -> bool:
+        pairs = zip(marks, self._marks(), strict=True)
+        return any(then != now or not torch.equal(old, new) for (then, old), (now, new) in pairs)
 
     def _check_plan(self, plan: RankPlan) -> None:
         if self.plan is not None:

@@ -6,7 +6,7 @@ from functools import cache
 
 from torch import nn
 
-from bench.accuracy.encoder import Encoded, load_model
+from bench.accuracy.encoder import Encoded, fit_head, load_model
 from bench.accuracy.recipe import Recipe
 from bench.accuracy.tasks import Task, load_task, sample
 
@@ -33,8 +33,20 @@ def _loaded():
 
 
 def minilm() -> nn.Module:
-    """A copy of the model that every method starts from."""
+    """A copy of the model, with a zero head."""
     return copy.deepcopy(_loaded()[0])
+
+
+@cache
+def _started() -> nn.Module:
+    model = minilm()
+    fit_head(model, encoded())
+    return model
+
+
+def started() -> nn.Module:
+    """A copy of the model that every method starts from, its head fitted."""
+    return copy.deepcopy(_started())
 
 
 def tokenizer():

@@ -36,7 +36,7 @@ def test_predictions_are_in_the_order_of_the_examples_and_free_of_padding():
 
 def test_batches_are_padded_to_their_longest():
     data = encoded()
-    rows = sorted(range(len(data)), key=lambda i: len(data.columns["input_ids"][i]))[:2] + [0]
+    rows = [*sorted(range(len(data)), key=lambda i: len(data.columns["input_ids"][i]))[:2], 0]
     batch = data.batch(rows)
     lengths = [len(data.columns["input_ids"][i]) for i in rows]
     assert batch["attention_mask"].sum(1).tolist() == lengths and batch["input_ids"].shape == (3, max(lengths))

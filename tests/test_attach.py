@@ -205,3 +205,26 @@ def test_a_head_of_several_layers_trains_whole():
     adapter = cobra.attach(DistilBertForSequenceClassification(config), cobra.CobraConfig(rank_budget=4, gate="mean"))
     assert set(adapter.heads) == {"pre_classifier", "classifier"}
     assert not any("classifier" in group.name for group in adapter.groups)
+
+
+class Shared(nn.Module):
+    """Two layers that compute with one weight, and a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.third(self.second(self.first(x)))
+
+
+def test_attach_counts_as_extract_does():
+    """A budget that fits is not refused, and one that does not fit is refused before training."""
+    config = cobra.CobraConfig(cobra.Budget(4 * 3 * 24, "flops"), r_max=4, gate="mean")  # a weight used twice costs twice
+    adapter = cobra.attach(Shared(), config)
+    assert adapter.extract().total == 8
+    config = cobra.CobraConfig(cobra.Budget(4 * 2 * 12 * 8, "bytes"), r_max=4, gate="mean")
+    assert cobra.attach(Shared().double(), config).extract().total == 8
+    with pytest.raises(ValueError, match="expected 0 to 384 bytes"):
+        cobra.attach(Shared(), config)

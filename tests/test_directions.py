@@ -30,6 +30,47 @@ def test_top_directions_are_the_svd(shape):
     torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=1e-5, atol=0)
 
 
+def test_rounding_is_no_direction():
+    """A prior or a start made of what fp32 sums leave over would be another one on the next machine."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((40, 24), (24, 40)):
+        left, right = torch.randn(shape[0], 2, generator=generator), torch.randn(2, shape[1], generator=generator)
+        found = top_directions(left @ right, 5)
+        assert found.shape == (5, shape[1]) and found[:2].any(1).all() and not found[2:].any()
+    assert not top_directions(torch.zeros(4, 6), 3).any()
+
+
+def test_gates_beyond_the_gradients_rank_count_as_the_weakest_of_the_others():
+    """Two examples of one vector each give every layer two directions: gates 3 and 4 are alike, and not far below."""
+    model = Mlp()
+    scores = scored(model, [mlp_batch(2)])
+    config = cobra.CobraConfig(rank_budget=4, r_max=4, gate="mean", init="gradient", prior_level="rank")
+    adapter = cobra.attach(model, config, scores)
+    priors = [prior for group in adapter.groups for prior in group.prior]
+    for group in adapter.groups:
+        assert group.prior[2] == group.prior[3] == min(priors)
+    drawn = [layer.lora_A.detach() for layer in layers_of(adapter)]
+    assert all(torch.linalg.matrix_rank(lora_A) == 4 for lora_A in drawn)
+
+
+def test_a_sketch_has_room_for_the_directions():
+    sums = GradientSums(directions=600)
+    sums.add(0, torch.randn(1, 700, 650), torch.randn(1, 700, 2100))
+    assert top_directions(sums.totals[0], 600).shape == (600, 650)
+
+
+def test_sums_lie_where_their_tensors_do():
+    """Whatever the default device and type are."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            sums = GradientSums()
+            sums.add(0, torch.ones(1, 2, 3, device="cpu"), torch.ones(1, 2, 2100, device="cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (sums.totals[0].device.type, sums.totals[0].dtype) == ("cpu", torch.float32) and sums.totals[0].any()
+
+
 def test_wide_layers_are_sketched():
     """With 512 of 4,096 rows the strong directions and their strengths are still the gradient's."""
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,89 @@
+"""Every method on the real model: equal budgets after its schedule, ranks as they are, and refusals."""
+
+from functools import cache
+
+import pytest
+import torch
+from accuracy_models import encoded, started, tiny
+
+import cobra
+from bench.accuracy.evidence import UNEQUAL
+from bench.accuracy.grid import SETTINGS
+from bench.accuracy.methods import METHODS, Attached, attach, budget_parameters, needs_scores
+from bench.accuracy.recipe import Recipe
+from bench.accuracy.run import _train
+from cobra.sites import find_sites
+
+pytestmark = pytest.mark.filterwarnings("ignore:the path integral misses")
+RANK = 8
+WIDEST = 384 + 1536  # parameters of one rank of the widest layers
+
+
+@cache
+def scores() -> cobra.LayerScores:
+    return cobra.calibrate(started(), [encoded().batch(range(6))], steps=2, progress=False, directions=2 * RANK)
+
+
+@cache
+def sites():
+    return find_sites(started())
+
+
+def recipe_of(method: str, **changes) -> Recipe:
+    return tiny(method, **{"rank": RANK, "settings": tuple(SETTINGS.get(method, {}).items()), **changes})
+
+
+def attached(recipe: Recipe) -> Attached:
+    return attach(recipe, started(), scores() if needs_scores(recipe) else None, lambda: [encoded().batch(range(12))])
+
+
+def spent(ranks: dict[str, int]) -> int:
+    assert ranks.keys() == {site.name for site in sites()}
+    return sum(ranks[site.name] * (site.in_features + site.out_features) for site in sites())
+
+
+def head(model) -> torch.Tensor:
+    return next(p for name, p in model.named_parameters() if p.requires_grad and "classifier" in name and p.ndim == 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_end_at_the_budget_of_lora(method):
+    """A few real steps, through cut or pruning: what remains is what a LoRA of the rank has, and the ranks say so."""
+    recipe, budget = recipe_of(method), budget_parameters(sites(), RANK)
+    found = attached(recipe)
+    before = head(found.model).detach().clone()
+    losses = _train(found, encoded(), recipe)
+    ranks, parameters = found.ranks(), found.parameters()
+    assert len(losses) == recipe.steps and torch.tensor(losses).isfinite().all()
+    assert not torch.equal(head(found.model), before)
+    if method in UNEQUAL:
+        assert parameters == spent(ranks) + sum(site.out_features for site in sites())  # DoRA's magnitudes
+    else:
+        assert parameters == spent(ranks)
+    if method == "eva":
+        assert sum(ranks.values()) == RANK * len(ranks)  # a budget in ranks, which peft moves between layers
+    elif method not in LARGER:
+        assert budget - WIDEST < spent(ranks) <= budget and parameters == pytest.approx(budget, rel=0.01)
+
+
+def test_random_ranks_spend_the_budget_and_follow_the_seed():
+    drawn = [attached(recipe_of("random", seed=seed)).ranks() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for ranks in drawn:
+        assert budget_parameters(sites(), RANK) - (384 + 384) < spent(ranks) <= budget_parameters(sites(), RANK)
+        assert max(ranks.values()) <= 2 * RANK and len(set(ranks.values())) > 3
+
+
+def test_paper_is_the_published_form_whatever_the_defaults_are():
+    bare, spelled = attached(recipe_of("paper", settings=())), attached(recipe_of("paper"))
+    ours, theirs = (found.model.bert.encoder.layer[0].attention.self.query.adapter for found in (bare, spelled))
+    assert ours.config == theirs.config and ours.config.total_steps == recipe_of("paper").steps
+    assert [group.prior for group in ours.groups] == [group.prior for group in theirs.groups]
+    assert not needs_scores(recipe_of("paper").with_settings(scores=False))
+
+
+def test_unknown_methods_and_broken_ranks_are_refused():
+    with pytest.raises(ValueError, match=f"method='qlora' is not one of {', '.join(METHODS)}"):
+        attached(recipe_of("qlora"))
+    with pytest.raises(ValueError, match="average_rank=2.5: lora has one whole rank for every layer"):
+        attached(recipe_of("lora", rank=2.5))

@@ -1,0 +1,102 @@
+"""Runs of a few steps, end to end on reviews: rows are complete, the same again, and see what their phase allows."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accuracy_models import reviews, tiny
+
+from bench.accuracy import run as runs
+from bench.accuracy.grid import SETTINGS
+from bench.accuracy.methods import METHODS
+from bench.accuracy.metrics import unpack_per_example
+from bench.accuracy.run import Diverged, run
+from bench.accuracy.tasks import Example
+
+pytestmark = pytest.mark.filterwarnings("ignore:the path integral misses")
+FIELDS = {
+    "key", "phase", "task", "kind", "model", "method", "average_rank", "seed", "config", "versions", "machine", "seconds",
+    "peak_memory_mb", "trainable_parameters", "head_parameters", "ranks", "train_loss", "validation", "test",
+}  # fmt: skip
+METRICS = {"accuracy", "macro_f1", "mcc", "nll", "ece", "brier"}
+
+
+@pytest.fixture(autouse=True)
+def few_examples(monkeypatch):
+    """rt, with short validation and test splits."""
+    monkeypatch.setattr(runs, "_task", lambda name, data: {"rt": reviews()}[name])
+    yield
+    forget()
+
+
+def forget() -> None:
+    runs._start.cache_clear()
+    runs._calibrated.cache_clear()
+
+
+def recipe_of(method: str, **changes):
+    return tiny(method, settings=tuple(SETTINGS.get(method, {}).items()), **changes)
+
+
+def without_costs(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name not in ("seconds", "peak_memory_mb")}
+
+
+@pytest.mark.parametrize("method", ["lora", "cobra"])
+def test_rows_are_complete_and_repeat(method):
+    """The same bits again, also after other runs and where nothing is cached."""
+    recipe = recipe_of(method)
+    row = run(recipe)
+    assert row.keys() == FIELDS and row["validation"].keys() == METRICS
+    assert row["key"] == recipe.key and row["config"] == recipe.to_dict()
+    assert (row["phase"], row["test"]) == ("search", None)
+    assert row["seconds"].keys() == {"train", "evaluate"} | ({"calibrate"} if method == "cobra" else set())
+    assert row["trainable_parameters"] == 2 * 41472 and row["head_parameters"] == 2 * 384 + 2
+    torch.manual_seed(5)
+    torch.rand(3)
+    cached = run(recipe)
+    forget()
+    torch.rand(3)
+    assert without_costs(run(recipe)) == without_costs(cached) == without_costs(row)
+
+
+def test_final_runs_see_the_test_split():
+    row = run(recipe_of("lora", phase="final"))
+    right = unpack_per_example(row["test"].pop("per_example"))
+    assert row["test"].keys() == row["validation"].keys() == METRICS
+    assert len(right) == len(reviews().test) and right.mean() == pytest.approx(row["test"]["accuracy"])
+
+
+@pytest.mark.parametrize("method", ["lora", "cobra"])
+def test_divergence_is_told_from_other_errors(method):
+    """Also where the loss is lost before the very step that cuts the gates."""
+    with pytest.raises(Diverged, match=rf"{method} on rt, lr 1e\+30: the loss of step 2 is (nan|inf)"):
+        run(recipe_of(method, lr=1e30, steps=5))
+
+
+def test_other_models_and_methods_are_refused():
+    with pytest.raises(ValueError, match="model='bert': runs are of 'minilm' alone"):
+        run(recipe_of("lora", model="bert"))
+    with pytest.raises(ValueError, match=f"method='qlora' is not one of {', '.join(METHODS)}"):
+        run(recipe_of("qlora"))
+
+
+@pytest.mark.parametrize(("classes", "share"), [(2, 0.25), (6, 0.3)])
+def test_noise_moves_exactly_its_share_of_the_labels(classes, share):
+    """To another class each, the same ones for every method."""
+    task = replace(reviews(), classes=classes)
+    examples = [Example(f"text {i}", i % classes) for i in range(200)]
+    noisy = runs._noisy(examples, task, share, seed=3)
+    assert [e.text for e in noisy] == [e.text for e in examples]
+    assert sum(a.label != b.label for a, b in zip(noisy, examples, strict=True)) == round(share * 200)
+    assert {e.label for e in noisy} == set(range(classes))
+    assert noisy == runs._noisy(examples, task, share, seed=3) != runs._noisy(examples, task, share, seed=4)
+    assert runs._noisy(examples, task, 0.0, seed=3) == examples
+
+
+def test_noise_is_in_training_alone():
+    """The labels that a run learns from, and not those that judge it."""
+    clean, noisy = (runs._start("rt", None, 24, 0, noise, 12, "bf16") for noise in (0.0, 0.5))
+    assert (clean.train.labels != noisy.train.labels).sum() == 12
+    assert clean.task is noisy.task
+    assert not torch.equal(clean.head["weight"], noisy.head["weight"])
