@@ -1,4 +1,4 @@
-"""python -m bench.accuracy.diagnosis [NAME ...]: where gradient and contribution disagree in ten architectures, one row each.
+"""python -m bench.accuracy.diagnosis [NAME ...]: where gradient and contribution disagree in ten architectures, a row each.
 
 Real weights where a package ships them, small random ones otherwise: rows of random weights say what an architecture does
 before it has learnt anything, and nothing about its published checkpoints. Rows are replaced by name in rows/diagnosis.jsonl;
@@ -31,6 +31,8 @@ _LANGUAGE = replace(_SHARED, examples=16, steps=10, longest=32, points=(2, 5))
 SUBJECTS: dict[str, DiagnosisSettings] = {
     "minilm": replace(_SHARED, model="minilm"),
     "smollm2": replace(_LANGUAGE, model="smollm2", baseline="mean", draws=2, points=(5,)),
+    # its path integral converges from neither baseline, not at 90 points either: two rows say what hangs on the choice
+    "smollm2-zero": replace(_LANGUAGE, model="smollm2", draws=2, points=(5,)),
     "bert": replace(_RANDOM, model="bert"),
     "roberta": replace(_RANDOM, model="roberta"),
     "deberta-v2": replace(_RANDOM, model="deberta-v2"),
@@ -102,7 +104,7 @@ def markdown(rows: list[dict]) -> str:
     """One line an architecture; intervals are over examples, then over layers."""
     lines = [
         "| model | layers | Pearson | Spearman | range φ | range Γ | red / under-served | blocks: Pearson | "
-        "order kept, other examples: φ / Γ / π | path residual |",
+        "order kept, other examples: φ / Γ / π | path residual (from) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -120,7 +122,7 @@ def markdown(rows: list[dict]) -> str:
             f"{zones[0]} / {zones[1]}",
             f"{_agreement(block['pearson'])}, {len(block['layers'])} blocks",
             kept,
-            f"{row['path_residual']:.1%}",
+            f"{row['path_residual']:.1%} ({row['settings']['baseline']})",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
