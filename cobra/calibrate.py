@@ -252,7 +252,7 @@ def _warn(scores: LayerScores) -> None:
     if scores.completeness.path > 0.05:
         warnings.warn(
             f"the path integral misses {scores.completeness.path:.0%} of F(x) - F(x0): "
-            "baseline='mean' mends it where a model normalises its embeddings, which is singular at zero; "
+            "compare it with baseline='mean' where a model normalises its embeddings, which is singular at zero; "
             "otherwise take more steps, or quadrature='lobatto'",
             stacklevel=3,
         )
