@@ -28,7 +28,7 @@ TASKS = ("supersense", "rt", "crowd", "kotz", "trec")
 SEARCH_TASKS = ("supersense", "rt", "trec")
 FACTOR_TASKS = ("supersense", "rt")
 
-# every setting is spelled out, so that a row keeps its meaning when a default changes
+# what the forms differ in is spelled out, so that their rows keep their meaning when these defaults change
 PAPER = {
     "gate": "concrete",
     "prior_scale": "literal",
@@ -97,7 +97,7 @@ def search() -> Iterator[Recipe]:
 
 
 def factor() -> Iterator[Recipe]:
-    """One factor at a time from COBRA's form, on validation."""
+    """One factor at a time from `FACTOR_REFERENCE`, and LoRA, on validation."""
     for seed in (SEARCH_SEED, SEARCH_SEED + 1):
         for task in FACTOR_TASKS:
             yield _recipe("factor", task, "lora", 2, FACTOR_RATE, seed)
