@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from cobra.cli.shell import explained, warnings_told
 
 app = typer.Typer(
     add_completion=False,
@@ -28,19 +28,6 @@ class PlanFormat(StrEnum):
     csv = "csv"
     peft = "peft"
     axolotl = "axolotl"
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Errors that say what to do end the command with their text and code 2, and so does a library that is not there."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except ModuleNotFoundError as error:
-        typer.echo(f"error: this needs {error.name}: pip install 'cobra-peft[peft,plots,cli]'", err=True)
-        raise typer.Exit(2) from error
 
 
 @app.command()
@@ -93,11 +80,11 @@ def plan(
     out: Annotated[Path | None, typer.Option(help="Writes the plan (JSON), for Adapter.apply.")] = None,
 ) -> None:
     """Ranks from scores alone, in proportion to the prior: for training with any tool."""
-    with _explained():
+    with explained():
         from cobra import Budget, LayerScores, plan_ranks
 
         limits = Budget(budget, unit, minimum, _limits(maximum or ()), multiple, tuple(tied or ()))
-        with _warnings_told():
+        with warnings_told():
             found = plan_ranks(LayerScores.load(scores), limits, r_max, fusion)
         if out is not None:
             found.save(out)
@@ -111,16 +98,6 @@ def _limits(maximum: Sequence[str]) -> dict[str, int] | None:
     if wrong:
         raise ValueError(f"--maximum {wrong[0]}: expected NAME=RANK, such as pooler.dense=8; --r-max limits all layers")
     return {name: int(rank) for name, _, rank in pairs} or None
-
-
-@contextmanager
-def _warnings_told() -> Iterator[None]:
-    """A line each on the error stream, without the place in the library."""
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        yield
-    for warning in found:
-        typer.echo(f"warning: {warning.message}", err=True)
 
 
 def _printed(plan, show: PlanFormat, scaling: float) -> str:
@@ -146,7 +123,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Whether engines load an adapter, of COBRA or any other, with the right scale; exit code 1 where one does not."""
-    with _explained():
+    with explained():
         from cobra.export.check import ENGINES, check_adapter
 
         asked = tuple(name.strip() for name in engines.split(",") if name.strip()) or ENGINES
@@ -170,7 +147,7 @@ def merge(
     ] = None,
 ) -> None:
     """Adapters folded into a base model's weights, all of them at once, and saved as a plain model."""
-    with _explained():
+    with explained():
         from cobra.cli.merge import merge_folders
 
         typer.echo(merge_folders(base, adapter, weight or [1.0] * len(adapter), out, tolerance, architecture).table())
@@ -182,7 +159,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="A new folder; RUN/report by default.")] = None,
 ) -> None:
     """One self-contained HTML page of a run, with the drawings and the data behind each beside it."""
-    with _explained():
+    with explained():
         from cobra.report.page import write_report
 
         typer.echo(str(write_report(run, out)))
@@ -217,7 +194,7 @@ def diagnose(
     except ModuleNotFoundError as error:
         typer.echo(f"error: the diagnosis needs {error.name}: pip install 'cobra-peft[hf,plots,cli]'", err=True)
         raise typer.Exit(2) from error
-    with _explained():
+    with explained():
         settings = DiagnosisSettings(
             model=model,
             data=data,
