@@ -221,9 +221,51 @@ def accelerated(rank: int, ranks: int = RANKS) -> dict:
     return {"losses": losses, "ranks": plan.ranks}
 
 
+def in_a_trainer(rank: int, ranks: int = RANKS) -> dict:
+    """CobraCallback under DDP, in fp64, cut at the end; then from its checkpoint of the search; then a cut in the middle."""
+    from transformers import Trainer, TrainingArguments
+
+    from cobra.integrations.transformers import CobraCallback
+
+    folder = Path(os.environ["COBRA_TEST_FOLDER"]) / f"trainer of {ranks}"
+    data = image_batch(16)
+    images = [{"pixel_values": x.double(), "labels": y} for x, y in zip(data["pixel_values"], data["labels"], strict=True)]
+
+    def run(resume=None, parts: int = 1, search_share: float = 1.0):
+        model = vit().double()
+        adapter = cobra.attach(model, cobra.CobraConfig.preset("paper", **CONFIG))
+        arguments = TrainingArguments(
+            str(folder),
+            max_steps=4,
+            per_device_train_batch_size=4 // ranks // parts,
+            gradient_accumulation_steps=parts,
+            train_sampling_strategy="sequential",
+            learning_rate=1e-2,
+            logging_steps=1,
+            save_steps=2,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model, arguments, train_dataset=images, callbacks=[CobraCallback(search_share)])
+        trainer.train(resume_from_checkpoint=resume)
+        return {
+            "ranks": adapter.plan.ranks,
+            "posterior": [list(site.posterior) for site in adapter.plan.sites],
+            "state": {name: tensor.detach() for name, tensor in adapter.state_dict().items()},
+        }
+
+    return {
+        "straight": run(),
+        "resumed": run(resume=str(folder / "checkpoint-2")),
+        "accumulated": run(parts=2),
+        "cut in the middle": refusal(lambda: run(search_share=0.5)),
+    }
+
+
 # the two processes
 
-PARTS = (calibrations, faulty_calibrations, life, unwrapped, fsdp2, fsdp2_precisions, accelerated)
+PARTS = (calibrations, faulty_calibrations, life, unwrapped, fsdp2, fsdp2_precisions, accelerated, in_a_trainer)
 
 
 def work(rank: int, folder: Path, port: int) -> None:
@@ -369,6 +411,27 @@ def test_accelerate_trains_like_one_process(ran):
     expected, found = accelerated(0, 1), ran(accelerated)
     close(averaged(found), expected["losses"])
     assert [part["ranks"] for part in found] == [expected["ranks"]] * RANKS
+
+
+# transformers' Trainer
+
+
+def test_the_trainer_under_ddp_trains_like_one_process(ran, tmp_path, monkeypatch):
+    """Ranks, posteriors within 1e-8 and matrices within 1e-6 of one process's, whole and in two micro-batches; both processes
+    and a resumed run hold the same bits."""
+    monkeypatch.setenv("COBRA_TEST_FOLDER", str(tmp_path))
+    expected = in_a_trainer(0, 1)["straight"]
+    first, second = ran(in_a_trainer)
+    for name in ("straight", "accumulated"):
+        assert first[name]["ranks"] == expected["ranks"] and len(set(expected["ranks"].values())) > 1
+        for found, wanted in zip(first[name]["posterior"], expected["posterior"], strict=True):
+            close(found, wanted, 1e-8)
+        for key, tensor in expected["state"].items():
+            close(first[name]["state"][key], tensor, 1e-6)
+    for name in ("straight", "accumulated", "resumed"):
+        assert all(torch.equal(first[name]["state"][key], tensor) for key, tensor in second[name]["state"].items())
+    assert all(torch.equal(first["resumed"]["state"][key], tensor) for key, tensor in first["straight"]["state"].items())
+    assert "DDP cannot follow a cut in the middle of training; search to the end" in first["cut in the middle"]
 
 
 # torchrun

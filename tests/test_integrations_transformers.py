@@ -94,10 +94,11 @@ def by_hand(model, adapter, data, size: int, steps: int, clip: float | None = No
     return losses
 
 
-def test_matches_the_custom_loop(tmp_path):
-    """Losses, plan and parameters bit for bit."""
-    trainer, adapter = trained(tmp_path, **PLAIN)
-    model, own = attached(vit, **CONFIG | {"total_steps": SEARCH})
+@pytest.mark.parametrize("config", [{}, {"lora_B_lr_scale": 4.0}], ids=["one rate", "lora_B faster"])
+def test_matches_the_custom_loop(config, tmp_path):
+    """Losses, plan and parameters bit for bit; gates and lora_B at rates of their own."""
+    trainer, adapter = trained(tmp_path, config=config, **PLAIN)
+    model, own = attached(vit, **CONFIG | {"total_steps": SEARCH} | config)
     losses = by_hand(model, own, rows(vit), 4, STEPS)
     assert logged(trainer, "nll") == logged(trainer, "loss") == losses
     assert adapter.plan == own.plan and adapter.plan.total == CONFIG["rank_budget"]
@@ -384,6 +385,15 @@ def test_an_optimizer_without_the_gates(tmp_path):
     foreign = torch.optim.AdamW(vit().parameters())
     with pytest.raises(ValueError, match=r"the optimizer lacks 38 of the adapter's 38 parameters, e\.g\. vit"):
         trainer_of(tmp_path, model, optimizers=(foreign, None)).train()
+
+
+def test_layers_that_the_loss_does_not_reach(tmp_path):
+    """Named after the first backward; the others train."""
+    model, _ = attached(vit, **CONFIG)
+    layer = model.vit.layers[0].mlp.fc2
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight, layer.bias)
+    with pytest.warns(UserWarning, match=r"1 of 12 adapted layers got no gradient in the first step, e\.g\. .*fc2: the loss"):
+        trainer_of(tmp_path, model, max_steps=2).train()
 
 
 def test_others_that_are_trained(tmp_path):

@@ -19,8 +19,8 @@ from cobra.adapter import Adapter
 
 
 class StepHooks:
-    """Before a step: refuses gradients that are not finite, adds the KL's gradient, gives the gates their learning rate.
-    After it: `adapter.step()`.
+    """Before a step: refuses gradients that are not finite, adds the KL's gradient, gives gates and lora_B their learning
+    rates. After it: `adapter.step()`. Layers without a gradient at the first step are named in a warning.
 
     max_bad_steps: so many steps in a row with gradients that are not finite end the training with a FloatingPointError
 
@@ -64,6 +64,8 @@ class StepHooks:
 
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         self.seen += 1
+        if self.seen == 1:
+            self._warn_of_unreached()
         overflow = getattr(optimizer, "found_inf", None)  # a fused optimizer is called in spite of it, and does nothing
         self._skipping = overflow is not None and bool(overflow)
         if not self._skipping:
@@ -71,13 +73,24 @@ class StepHooks:
         self._norms.clear()
         if not self._skipping:
             self._add_kl()
-            self._give_gates_their_rate()
+            self._give_rates()
 
     def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         self._unshare()
         if not self._skipping:
             self.taken += 1
             self.adapter.step()
+
+    def _warn_of_unreached(self) -> None:
+        matrices = [(name.rpartition(".")[0], p) for name, p in self._named if name.endswith(".lora_B")]
+        unreached = [layer for layer, p in matrices if p.grad is None]
+        if unreached:
+            warnings.warn(
+                f"{len(unreached)} of {len(matrices)} adapted layers got no gradient in the first step, e.g. {unreached[0]}: "
+                "the loss does not pass through them (a trainer that reads lm_head.weight itself, a layer that the model does "
+                "not call, reentrant activation checkpointing); they will not train: leave them out with target_modules",
+                stacklevel=3,
+            )
 
     # gradients that are not finite
 
@@ -129,24 +142,31 @@ class StepHooks:
             gate.grad = grad if gate.grad is None else gate.grad + grad
         self.kl_added += 1
 
-    def _give_gates_their_rate(self) -> None:
-        """Gates that share a parameter group with others get one of their own: the group's rate times gate_lr_scale, no decay.
+    def _give_rates(self) -> None:
+        """Gates and lora_B that share a parameter group with others get one of their own: the group's rate times
+        gate_lr_scale, without decay, or times lora_B_lr_scale.
 
         It lasts for the step, so that schedulers and checkpoints see the groups they know.
         """
-        gates = {id(group.gate) for group in self.adapter.groups if group.gate is not None}
+        config = self.adapter.config
+        self._give_rate({id(group.gate) for group in self.adapter.groups}, config.gate_lr_scale, {"weight_decay": 0.0})
+        if config.lora_B_lr_scale != 1:
+            layers = [layer for group in self.adapter.groups for layer in group.all_layers]
+            self._give_rate({id(layer.lora_B) for layer in layers}, config.lora_B_lr_scale, {})
+
+    def _give_rate(self, members: set[int], scale: float, changes: dict) -> None:
         for group in list(self.optimizer.param_groups):
-            own = [p for p in group["params"] if id(p) in gates]
+            own = [p for p in group["params"] if id(p) in members]
             if not own or len(own) == len(group["params"]):
                 continue
             self._shared.append((group, group["params"]))
-            group["params"] = [p for p in group["params"] if id(p) not in gates]
-            rate = {} if group["lr"] is None else {"lr": group["lr"] * self.adapter.config.gate_lr_scale}
-            decay = {"weight_decay": 0.0} if "weight_decay" in group else {}
-            self.optimizer.param_groups.append({**group, "params": own, **rate, **decay})
+            group["params"] = [p for p in group["params"] if id(p) not in members]
+            rate = {} if group["lr"] is None else {"lr": group["lr"] * scale}
+            known = {key: value for key, value in changes.items() if key in group}
+            self.optimizer.param_groups.append({**group, "params": own, **rate, **known})
 
     def _unshare(self) -> None:
-        for group, params in self._shared:
+        for group, params in reversed(self._shared):
             group["params"] = params
         if self._shared:
             del self.optimizer.param_groups[-len(self._shared) :]

@@ -19,8 +19,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cobra import checkpoint, storage
 from cobra.adapter import Adapter
+from cobra.integrations.checks import check_devices, check_trained, find_adapter, refuse_peft, torch_optimizer
 from cobra.integrations.hooks import StepHooks
-from cobra.linear import adapters_of
 from cobra.plan import RankPlan
 
 CHECKPOINT = "cobra.safetensors"
@@ -61,6 +61,7 @@ class CobraCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if isinstance(model, nn.Module):
+            refuse_peft(model)
             self._handles.append(model.register_load_state_dict_pre_hook(_leave_out_cut_ranks))
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -68,10 +69,11 @@ class CobraCallback(TrainerCallback):
         if self._is_second():
             warnings.warn("CobraCallback was given twice: this one does nothing", stacklevel=2)
             return
-        self.adapter = _find_adapter(model)
-        _check_devices(args, self.search_share)
-        self._optimizer = _torch_optimizer(optimizer)
-        _check_trained(model, self.adapter, self._optimizer)
+        refuse_peft(model)
+        self.adapter = find_adapter(model)
+        check_devices(args, self.search_share)
+        self._optimizer = torch_optimizer(optimizer)
+        check_trained(model, self.adapter, self._optimizer)
         self._layout = [len(group["params"]) for group in self._optimizer.param_groups]
         self.search_steps = max(1, round(self.search_share * state.max_steps))
         if state.global_step:
@@ -216,69 +218,6 @@ def _calling(name: str, kind: type | tuple[type, ...] = (str, os.PathLike)):
     if frame is None:
         raise RuntimeError(f"no Trainer calls, or one without {name!r}: CobraCallback is for transformers' Trainer")
     return frame.f_locals[name]
-
-
-def _find_adapter(model: nn.Module) -> Adapter:
-    found = adapters_of(model)
-    if len(found) != 1 or found[0]._merged is not None:
-        raise ValueError(
-            f"CobraCallback trains one adapter, and this {type(model).__name__} has "
-            f"{'a merged one' if len(found) == 1 else len(found)}: before the Trainer is made, call cobra.attach(model, "
-            "config, scores), or adapter.unmerge() where it is merged; a copy of an adapted model has none"
-        )
-    return found[0]
-
-
-def _check_devices(args, search_share: float) -> None:
-    if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
-        raise ValueError("CobraCallback works on one device or under DDP: take deepspeed= and fsdp= out of the arguments")
-    if args.world_size > 1 and search_share < 1:
-        raise ValueError(
-            f"{args.world_size} processes and search_share={search_share}: DDP cannot follow a cut in the middle of training; "
-            "search to the end (search_share=1.0)"
-        )
-
-
-def _torch_optimizer(optimizer) -> Optimizer:
-    """Without accelerate's wrappers."""
-    while not isinstance(optimizer, Optimizer) or hasattr(optimizer, "optimizer"):
-        if not hasattr(optimizer, "optimizer"):
-            raise ValueError(f"CobraCallback needs a torch.optim.Optimizer, found {type(optimizer).__name__}")
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _check_trained(model: nn.Module, adapter: Adapter, optimizer: Optimizer) -> None:
-    """Raises ValueError where matrices or heads are not trained; warns of gates that are not, and of others that are."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    ours = {id(p): p for group in adapter.parameter_groups(1.0) for p in group["params"]}
-    gates = {id(group.gate) for group in adapter.groups}
-    frozen = [names[i] for i, p in ours.items() if not p.requires_grad]
-    if frozen:
-        raise ValueError(
-            f"{len(frozen)} of the adapter's {len(ours)} parameters are frozen, e.g. {frozen[0]}: something called "
-            "requires_grad_(False) after attach(); attach last, and let nothing else prepare the model for training"
-        )
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [i for i in ours if i not in held]
-    if any(i not in gates for i in missing):
-        raise ValueError(
-            f"the optimizer lacks {len(missing)} of the adapter's {len(ours)} parameters, e.g. {names[missing[0]]}: make it "
-            "from adapter.parameter_groups(lr), or let the Trainer make it; after attach() in both cases"
-        )
-    if missing:
-        warnings.warn(
-            f"the optimizer lacks the gate logits, e.g. {names[missing[0]]}: they will not move, and the prior alone decides "
-            "the ranks; make it from adapter.parameter_groups(lr), or let the Trainer make it",
-            stacklevel=3,
-        )
-    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
-    if others:
-        warnings.warn(
-            f"{len(others)} parameters outside the adapter are trained too, e.g. {others[0]}: they are no part of what the "
-            "adapter saves; freeze them, or name their modules in modules_to_save",
-            stacklevel=3,
-        )
 
 
 def _gate_metrics(adapter: Adapter) -> dict[str, float]:
