@@ -10,7 +10,7 @@ def main() -> None:
     try:
         from cobra.cli.app import app
     except ModuleNotFoundError as error:
-        if error.name in {"typer", "rich"}:
+        if error.name in {"typer", "rich", "yaml"}:
             sys.exit(f"the cobra command needs {error.name}: pip install 'cobra-peft[cli]'")
         raise
     app()

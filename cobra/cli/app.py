@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from cobra.cli.shell import explained, warnings_told
+from cobra.cli.training.command import train
 
 app = typer.Typer(
     add_completion=False,
@@ -18,6 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Decides where an adapter's rank belongs, trains it, and merges it away.",
 )
+
+app.command()(train)
 
 
 class PlanFormat(StrEnum):
@@ -157,12 +160,14 @@ def merge(
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder: scores, plan, history, whatever of them is there.")],
     out: Annotated[Path | None, typer.Option(help="A new folder; RUN/report by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object: files written, what the run lacks.")] = False,
 ) -> None:
     """One self-contained HTML page of a run, with the drawings and the data behind each beside it."""
     with explained():
         from cobra.report.page import write_report
 
-        typer.echo(str(write_report(run, out)))
+        found = write_report(run, out)
+    typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
 
 
 @app.command()

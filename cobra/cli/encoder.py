@@ -90,7 +90,7 @@ def _fit_logistic(head: nn.Linear, features: Tensor, labels: Tensor, weight_deca
 @torch.no_grad()
 def _fit_ridge(head: nn.Linear, features: Tensor, labels: Tensor, share: float = 1e-2) -> None:
     centred = features - features.mean(0)
-    ridge = share * centred.square().sum(0).mean() * torch.eye(features.shape[1])
+    ridge = share * centred.square().sum(0).mean() * torch.eye(features.shape[1], device=features.device)
     head.weight.copy_(torch.linalg.solve(centred.T @ centred + ridge, centred.T @ (labels - labels.mean()))[None])
     if head.bias is not None:
         head.bias.copy_(labels.mean() - head.weight[0] @ features.mean(0))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+
+from torch import nn
 
 import cobra
 from cobra import storage
@@ -35,7 +37,7 @@ def merge_folders(
         raise ValueError(f"{out} exists; name a new folder")
     parts = [(cobra.load_adapter(folder), weight) for folder, weight in zip(adapters, weights, strict=True)]
     combined = cobra.combine(parts)
-    model = _load(base, architecture, combined)
+    model = load_base(base, architecture, {f"{name}.{key}" for name, head in combined.heads.items() for key in head})
     try:
         adapter = combined.attach(model)
     except ValueError as error:
@@ -52,8 +54,13 @@ def merge_folders(
     return report
 
 
-def _load(base: Path, architecture: str | None, adapter: cobra.LoraAdapter):
-    """The model as the class asked for or as its own, heads included, in the dtype it was saved in."""
+def load_base(base: Path, architecture: str | None, brought: Collection[str]) -> nn.Module:
+    """The model of a transformers folder as the class asked for or as its own, in the dtype it was saved in.
+
+    brought: names of the parameters that come with an adapter, which the base may lack
+
+    Raises FileNotFoundError, and ValueError for quantised bases, unknown classes, and weights that nobody has.
+    """
     import transformers
 
     path = base / "config.json"
@@ -83,8 +90,7 @@ def _load(base: Path, architecture: str | None, adapter: cobra.LoraAdapter):
         model, info = found.from_pretrained(base, dtype="auto", output_loading_info=True)
     except RuntimeError as error:
         raise ValueError(f"{base}: the weights are not those of {path.name}: {error}") from error
-    brought = {f"{name}.{key}" for name, head in adapter.heads.items() for key in head}
-    random = sorted(set(info["missing_keys"]) - brought)
+    random = sorted(set(info["missing_keys"]) - set(brought))
     if random:
         raise ValueError(
             f"{base}: has no {random[0]}, which {names[0]} needs, and no adapter brings it ({len(random)} are missing)"

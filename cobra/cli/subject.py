@@ -106,11 +106,19 @@ class Source:
                 model = built.from_pretrained(self.folder, dtype=torch.float32, local_files_only=True, **options)
             except OSError as error:
                 raise ValueError(f"{self.folder} holds no weights that load: {_first_line(error)}") from error
+            as_plain(model)
         if encoder:
             model = model.get_encoder() if self.config.is_encoder_decoder else model
             if isinstance(getattr(model, "pooler", None), nn.Module):
                 model.pooler = None  # mean pooling takes its place
         return model.eval()
+
+
+def as_plain(model: nn.Module) -> None:
+    """A model from a GGUF file is in fp32, and yet says it is quantised: then transformers neither trains nor saves it."""
+    if getattr(model, "quantization_method", None) == "gguf":
+        model.is_quantized, model.hf_quantizer, model.quantization_method = False, None, None
+        del model.config.quantization_config
 
 
 def find_model(model: str, random_init: bool = False) -> Source:

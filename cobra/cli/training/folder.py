@@ -1,0 +1,65 @@
+"""The folder of a run: its files, its checkpoints, and what a resumed run may find there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from cobra import storage
+from cobra.integrations.transformers import CHECKPOINT
+
+CONFIG, RUN, BEFORE, RESULT = "config.yaml", "run.json", "before.json", "result.json"
+SCORES, PLAN, HISTORY, GATES = "scores.safetensors", "plan.json", "history.jsonl", "gates.jsonl"
+KEPT = 2  # the one before the newest is whole while that is written
+
+
+class RunFolder:
+    """Paths of a run and what is done to its files."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def complete(self) -> list[Path]:
+        """Checkpoints from which training goes on, oldest first: their last file is there, which is written whole or not."""
+        return [folder for folder in self._all() if (folder / CHECKPOINT).is_file()]
+
+    def newest(self) -> Path | None:
+        return (self.complete() or [None])[-1]
+
+    def prune(self) -> None:
+        """Leaves the newest complete checkpoints, and nothing that was begun and not finished."""
+        kept = self.complete()[-KEPT:]
+        for folder in self._all():
+            if folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def rewind(self, step: int) -> None:
+        """Takes out of history and gates what was written after a step, and what a kill left half written."""
+        for name in (HISTORY, GATES):
+            path = self.path / name
+            if path.is_file():
+                rows = [line for line in path.read_bytes().split(b"\n")[:-1] if _step(line) <= step]
+                storage.write_bytes(path, b"".join(line + b"\n" for line in rows))
+
+    def history(self) -> list[dict]:
+        path = self.path / HISTORY
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+    def _all(self) -> list[Path]:
+        return sorted(self.checkpoints.glob("checkpoint-*"), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _step(line: bytes) -> int:
+    return json.loads(line)["step"] if line.strip() else 0

@@ -1,0 +1,43 @@
+"""Which settings hold: the command line over a file, over what a resumed run began with."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from cobra.cli.training.configfile import read_config
+from cobra.cli.training.folder import CONFIG
+from cobra.cli.training.options import given_settings
+from cobra.cli.training.settings import TrainSettings
+
+
+def settle(given: dict[str, Any], config: Path | None, resume: bool) -> TrainSettings:
+    """given: options of the command line; config: a YAML file
+
+    Raises FileNotFoundError and ValueError: for keys and values that do not fit, a folder that is not new, and a resumed run
+    that is told something else than it began with, naming the setting.
+    """
+    values = {} if config is None else read_config(config, TrainSettings)
+    values |= given_settings(given, TrainSettings)
+    out = Path(values.get("out", next(each.default for each in fields(TrainSettings) if each.name == "out")))
+    if resume:
+        return _resumed(values, out)
+    settings = TrainSettings(**values)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there and not empty: name a new folder with --out, or go on with its run: --resume")
+    return settings
+
+
+def _resumed(values: dict[str, Any], out: Path) -> TrainSettings:
+    if not (out / CONFIG).is_file():
+        raise FileNotFoundError(f"{out / CONFIG}: no such file; --resume goes on with the run in --out, and there is none")
+    saved = read_config(out / CONFIG, TrainSettings)
+    free = {each.name for each in fields(TrainSettings) if each.metadata.get("free")}
+    for name, value in values.items():
+        if name not in free and value != saved.get(name):
+            raise ValueError(
+                f"{name} was {saved.get(name)!r} when the run in {out} began, and is {value!r} now: leave it out to go on, or "
+                "begin a new run with another --out"
+            )
+    return TrainSettings(**{**saved, **{name: value for name, value in values.items() if name in free}})
