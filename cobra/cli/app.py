@@ -129,8 +129,7 @@ def check(
     with explained():
         from cobra.export.check import ENGINES, check_adapter
 
-        asked = tuple(name.strip() for name in engines.split(",") if name.strip()) or ENGINES
-        found = check_adapter(folder, asked)
+        found = check_adapter(folder, _names(engines) or ENGINES)
     typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else found.table())
     if not found.ok:
         raise typer.Exit(1)
@@ -156,6 +155,44 @@ def merge(
         typer.echo(merge_folders(base, adapter, weight or [1.0] * len(adapter), out, tolerance, architecture).table())
 
 
+class Layout(StrEnum):
+    """How the ranks of an adapter are written."""
+
+    compact = "compact"
+    padded = "padded"
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="An adapter folder, of COBRA or peft, or a training checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new adapter; must not exist.")],
+    layout: Annotated[
+        Layout, typer.Option(help="compact: each layer at its own rank; padded: all at the largest, which every engine reads.")
+    ] = Layout.compact,
+    engines: Annotated[
+        str, typer.Option("--for", help="Engines that must load it: peft, transformers, vllm, sglang, gguf; with commas.")
+    ] = "",
+    base: Annotated[
+        Path | None,
+        typer.Option(help="The model's folder: needed by a checkpoint; gives a compact adapter back its layers of rank 0."),
+    ] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="Class of transformers to load the base as; config.json's by default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """An adapter in the other layout, or the adapter of a training checkpoint; then what engines make of it."""
+    with explained(), warnings_told():
+        from cobra.cli.export import export_adapter
+
+        found = export_adapter(source, out, layout, _names(engines), base, architecture)
+    typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else f"{found.table()}\n{out}")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder: scores, plan, history, whatever of them is there.")],
@@ -167,7 +204,7 @@ def report(
         from cobra.report.page import write_report
 
         found = write_report(run, out)
-    typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
+    typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else found.table())
 
 
 @app.command()

@@ -8,32 +8,32 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cobra.diagnosis import Agreement, Diagnosis
-from cobra.report import plots
 from cobra.report.markup import Table
 from cobra.report.names import short_names
+from cobra.report.plots.canvas import BLUE, MUTED, VERMILION, finish, name_ticks, new_figure, styled
 
-_ZONES = {"red": plots.VERMILION, "under": plots.BLUE}
+_ZONES = {"red": VERMILION, "under": BLUE}
 
 
-@plots._styled
+@styled
 def depth_profile(diagnosis: Diagnosis, path: Path | str | None = None) -> Figure:
     """Share of every layer in contribution and in gradient with 95 % intervals over examples; layers of both zones marked."""
     layers = diagnosis.layers
     G, x = len(layers), np.arange(len(layers))
     names = short_names(layer.name for layer in layers)
-    figure, axes = plots._figure(min(12.0, max(6.4, 2 + 0.17 * G)), 3.6 + 0.06 * max(map(len, names)))
+    figure, axes = new_figure(min(12.0, max(6.4, 2 + 0.17 * G)), 3.6 + 0.06 * max(map(len, names)))
     for zone, colour in _ZONES.items():
         for i in [i for i, layer in enumerate(layers) if layer.zone == zone]:
             axes.axvspan(i - 0.5, i + 0.5, color=colour, alpha=0.16, linewidth=0)
     for name, colour, label in (
-        ("contribution", plots.BLUE, "contribution φ (shaded: ≥ 2 × gradient)"),
-        ("gradient", plots.VERMILION, "gradient Γ (shaded: the red zone, ≥ 2 × contribution)"),
+        ("contribution", BLUE, "contribution φ (shaded: ≥ 2 × gradient)"),
+        ("gradient", VERMILION, "gradient Γ (shaded: the red zone, ≥ 2 × contribution)"),
     ):
         low, high = np.array([getattr(layer, f"{name}_interval") for layer in layers]).T
         axes.fill_between(x, low, high, color=colour, alpha=0.3, linewidth=0)
         axes.plot(x, [getattr(layer, name) for layer in layers], color=colour, marker="o", markersize=2.5, label=label)
-    axes.axhline(1 / G, color=plots.MUTED, linewidth=0.8, linestyle=":")
-    plots._name_ticks(axes.xaxis, names, 0)
+    axes.axhline(1 / G, color=MUTED, linewidth=0.8, linestyle=":")
+    name_ticks(axes.xaxis, names, 0)
     axes.tick_params(axis="x", rotation=90)
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     axes.set(xlim=(-0.7, G - 0.3), ylim=(0, None), ylabel="share of the sum over layers")
@@ -43,7 +43,7 @@ def depth_profile(diagnosis: Diagnosis, path: Path | str | None = None) -> Figur
         fontsize=9,
     )
     figure.legend(loc="outside lower left", ncols=2, fontsize=8)
-    return plots._finish(figure, path)
+    return finish(figure, path)
 
 
 def layer_rows(diagnosis: Diagnosis) -> Table:

@@ -9,9 +9,12 @@ import re
 from dataclasses import dataclass
 from html import escape
 
+from cobra.report.plots.canvas import SMALLEST_TYPE
 from cobra.report.style import VARIABLES
 
 MOST_ROWS = 1000
+SMALLEST_PIXELS = 9  # of type in a figure, however narrow the screen
+_PIXELS = 4 / 3  # a point
 _DIGEST = re.compile(r"[0-9a-f]{16,}")
 
 
@@ -48,6 +51,11 @@ def number(value: object) -> str:
     return f"{value:.2e}"
 
 
+def count(items: int, one: str, many: str | None = None) -> str:
+    """1 layer, 2 layers."""
+    return f"{items:,} {one if items == 1 else many or one + 's'}"
+
+
 def paragraph(text: str, kind: str = "") -> str:
     return f"<p{_class(kind)}>{escape(text)}</p>"
 
@@ -75,19 +83,17 @@ def table(content: Table, caption: str) -> str:
     )
 
 
-def inline_svg(svg: bytes, name: str, title: str) -> str:
-    """matplotlib's SVG as part of a page: no outside names, ids of its own, colours of the theme, a title for readers."""
+def inline_svg(svg: bytes, name: str, label: str) -> str:
+    """matplotlib's SVG as part of a page: no outside names, ids of its own, colours of the theme, a label for readers."""
     text = svg.decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
-    width = float(re.search(r'width="([\d.]+)pt"', text)[1]) * 4 / 3
+    text = re.sub(r'<g id="patch_1">.*?</g>', "", text, count=1, flags=re.DOTALL)  # the ground, which the page has
+    width = float(re.search(r'width="([\d.]+)pt"', text)[1]) * _PIXELS
     text = re.sub(r"<[^>]*>", lambda tag: _themed(tag[0], name), text)
-    size = f"width:100%;min-width:{min(width, 520):.0f}px;max-width:{width:.0f}px"
-    opened = f'<svg role="img" aria-labelledby="{name}-title" style="{size}" '
-    text = re.sub(
-        r"<svg ([^>]*)>", lambda m: f'{opened}{m[1]}>\n<title id="{name}-title">{escape(title)}</title>', text, count=1
-    )
-    return text.strip()
+    least = width * SMALLEST_PIXELS / (SMALLEST_TYPE * _PIXELS)
+    size = f"width:100%;min-width:{least:.0f}px;max-width:{width:.0f}px"
+    return re.sub(r"^<svg ", f'<svg role="img" aria-label="{escape(label)}" style="{size}" ', text.strip())
 
 
 def _themed(tag: str, name: str) -> str:

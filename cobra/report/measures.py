@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from cobra.plan import RankPlan
-from cobra.report.run import Bin
+from cobra.report.run import Bin, Gates
 from cobra.scores import LayerScores
 
-COIN_FLIP = (0.4, 0.6)
+UNDECIDED = (0.1, 0.9)
 ZONE_RATIO = 2.0
 _Z95 = 1.959964
 
@@ -91,8 +91,14 @@ def _above(one: np.ndarray, other: np.ndarray) -> list[int]:
     return [int(i) for i in found[np.argsort(-one[found], kind="stable")]]
 
 
-def coin_flips(probabilities: Iterable[float]) -> int:
-    return sum(COIN_FLIP[0] <= p <= COIN_FLIP[1] for p in probabilities)
+def undecided(probabilities: Iterable[float]) -> int:
+    return sum(UNDECIDED[0] <= p <= UNDECIDED[1] for p in probabilities)
+
+
+def moved(first: Gates, last: Gates) -> tuple[float, float]:
+    """Mean and largest change of a gate's probability between two rows of the same gates."""
+    changes = [abs(p - q) for name in first for p, q in zip(first[name], last[name], strict=True)]
+    return sum(changes) / len(changes), max(changes)
 
 
 def all_gates(plan: RankPlan) -> list[tuple[float, bool]]:

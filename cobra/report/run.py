@@ -14,14 +14,17 @@ from cobra.plan import RankPlan
 from cobra.scores import LayerScores
 from cobra.storage import FormatError
 
+Gates = dict[str, list[float]]  # group -> probability of each gate
+
+# what of the page is made of each
 FILES = {
-    "scores.safetensors": "calibration scores (`LayerScores.save`)",
-    "plan.json": "the ranks (`RankPlan.save`)",
-    "history.jsonl": "training, a line a logged step",
-    "gates.jsonl": "gate probabilities at some steps",
-    "merge.json": "the merge report",
-    "eval.json": "metrics and calibration bins",
-    "run.json": "command, configuration, versions, seed, data",
+    "scores.safetensors": "gradient against contribution, the prior, completeness",
+    "plan.json": "the ranks and the posterior of the gates",
+    "history.jsonl": "terms of the ELBO, the search",
+    "gates.jsonl": "gates over training",
+    "merge.json": "the merge",
+    "eval.json": "metrics and calibration",
+    "run.json": "command and settings",
 }
 _SITE_NUMBERS = ("delta_norm", "weight_norm", "rounding_loss")
 
@@ -51,7 +54,7 @@ class Run:
     scores: LayerScores | None = None
     plan: RankPlan | None = None
     history: list[dict] = field(default_factory=list)
-    gates: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+    gates: dict[int, Gates] = field(default_factory=dict)
     merge: MergeReport | None = None
     metrics: dict = field(default_factory=dict)
     bins: list[Bin] = field(default_factory=list)
@@ -60,8 +63,10 @@ class Run:
     notes: tuple[str, ...] = ()
 
     @property
-    def missing(self) -> list[str]:
-        return [name for name in FILES if name not in self.files and not (name == "gates.jsonl" and self.gates)]
+    def missing(self) -> dict[str, str]:
+        """File -> what cannot be shown without it."""
+        found = {*self.files, *(["gates.jsonl"] if self.gates else [])}
+        return {name: shows for name, shows in FILES.items() if name not in found}
 
     @property
     def cut(self) -> int | None:
@@ -148,7 +153,7 @@ def _read_plan(path: Path) -> RankPlan:
     return plan
 
 
-def _read_history(path: Path, notes: list[str]) -> tuple[list[dict], dict[int, dict[str, list[float]]]]:
+def _read_history(path: Path, notes: list[str]) -> tuple[list[dict], dict[int, Gates]]:
     """Rows by step; a step that was logged again, by a resumed run or in parts, counts as one."""
     rows: dict[int, dict] = {}
     gates = {}
@@ -164,11 +169,11 @@ def _read_history(path: Path, notes: list[str]) -> tuple[list[dict], dict[int, d
     return [rows[step] for step in sorted(rows)], gates
 
 
-def _read_gates(path: Path, notes: list[str]) -> dict[int, dict[str, list[float]]]:
+def _read_gates(path: Path, notes: list[str]) -> dict[int, Gates]:
     return {row["step"]: _gates(at, row.get("gates")) for at, row in _read_lines(path, notes)}
 
 
-def _gates(at: str, value: object) -> dict[str, list[float]]:
+def _gates(at: str, value: object) -> Gates:
     _expect(at, "gates", value, lambda v: isinstance(v, dict), "group -> probabilities")
     for group, probabilities in value.items():
         _expect(at, f"gates of {group}", probabilities, _are_probabilities, "probabilities")

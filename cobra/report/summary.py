@@ -1,4 +1,4 @@
-"""The top of the page: what the run decided, in plain words and a few numbers."""
+"""The top of the page: what the run decided, on what evidence, and at what cost."""
 
 from __future__ import annotations
 
@@ -6,63 +6,144 @@ import math
 from dataclasses import dataclass
 
 from cobra.plan import RankPlan
-from cobra.report import measures
-from cobra.report.markup import number
+from cobra.report import measures, tables
+from cobra.report.markup import count, number
 from cobra.report.run import Run
+
+MOST_MISSED = 0.05  # of the output's change by the path integral, before `calibrate` warns
+UNMOVED = 0.01  # a gate's probability that changed by less is where the prior put it
+MOST_METRICS = 4
 
 
 @dataclass(frozen=True)
-class Tile:
+class Fact:
     label: str
     value: str
-    note: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    title: str
+    facts: list[Fact]
 
 
 def lead(run: Run) -> list[str]:
     """A few sentences."""
     if run.plan is None or not run.plan.sites:
         return ["This run has no rank plan yet."]
-    return [_spent(run.plan), _certainty(run.plan)]
+    return [_spent(run.plan), _certainty(run)]
 
 
-def tiles(run: Run) -> list[Tile]:
-    found = []
-    if run.plan is not None and run.plan.sites:
-        plan, gates = run.plan, measures.all_gates(run.plan)
-        empty = sum(rank == 0 for rank in plan.ranks.values())
-        flips = measures.coin_flips(p for p, _ in gates)
-        found += [
-            Tile("ranks kept", f"{plan.total:,}", f"of {len(gates):,} gates"),
-            Tile("parameters", f"{plan.parameters:,}", "in the matrices that remain"),
-            Tile("layers at rank 0", f"{empty:,}", f"of {len(plan.ranks):,}"),
-            Tile("coin flips", f"{flips:,}", "gates from {} to {}".format(*measures.COIN_FLIP)),
-        ]
-    if run.scores is not None:
-        r = measures.pearson(run.scores.conductance, run.scores.gradient).value
-        found.append(Tile("correlation", "–" if math.isnan(r) else f"{r:.2f}", "gradient and contribution"))
-    if run.metrics:
-        name = "accuracy" if "accuracy" in run.metrics else next(iter(run.metrics))
-        found.append(Tile(name, number(run.metrics[name]), "evaluation"))
+def cautions(run: Run) -> list[str]:
+    """What a reader should know before believing the rest."""
+    found = [*run.notes]
+    if run.scores is not None and run.scores.completeness.path > MOST_MISSED:
+        found.append(
+            f"The path integral misses {number(100 * run.scores.completeness.path)} % of the output's change, and "
+            f"{100 * MOST_MISSED:g} % should be the most: contributions are not to be trusted, nor ranks that rest on them."
+        )
     return found
 
 
+def cards(run: Run) -> list[Card]:
+    """Those that the run's files can fill."""
+    found = (
+        Card("Decided", _decided(run)),
+        Card("On what evidence", _evidence(run)),
+        Card("At what cost", _cost(run)),
+        Card("Evaluation", _evaluation(run)),
+    )
+    return [card for card in found if card.facts]
+
+
+def _decided(run: Run) -> list[Fact]:
+    if run.plan is None or not run.plan.sites:
+        return []
+    plan, ranks = run.plan, run.plan.ranks.values()
+    gates = sum(len(site.posterior) for site in plan.sites)
+    return [
+        Fact("ranks kept", f"{plan.total:,}", f"of {gates:,} gates"),
+        Fact("layers with ranks", f"{sum(map(bool, ranks)):,}", f"of {len(ranks):,}"),
+        Fact("full layers", f"{len(_full(plan)):,}", "every gate kept"),
+        Fact("largest rank", f"{max(ranks):,}"),
+    ]
+
+
+def _evidence(run: Run) -> list[Fact]:
+    found = []
+    if run.scores is not None:
+        scores, settings = run.scores, run.scores.settings
+        r = measures.pearson(scores.conductance, scores.gradient).value
+        found += [
+            Fact("calibration examples", f"{settings['examples']:,}", f"{settings['steps']:,} points of the path"),
+            Fact("path integral misses", f"{number(100 * scores.completeness.path)} %", "of the output's change"),
+            Fact("correlation", "–" if math.isnan(r) else f"{r:.2f}", "of gradient and contribution"),
+        ]
+    if _was_trained(run.plan):
+        gates = measures.all_gates(run.plan)
+        low, high = measures.UNDECIDED
+        open_ones = measures.undecided(p for p, _ in gates)
+        found.append(Fact("undecided gates", f"{open_ones:,}", f"of {len(gates):,}: {low} to {high}"))
+    return found
+
+
+def _cost(run: Run) -> list[Fact]:
+    found = []
+    if run.plan is not None and run.plan.sites:
+        plain = run.plan.parameters / sum(site.cost for site in run.plan.sites)
+        found.append(Fact("parameters", f"{run.plan.parameters:,}", f"as LoRA of rank {plain:.3g} on all layers"))
+    if run.history:
+        cut = "" if run.cut is None else f"ranks cut at {run.cut:,}"
+        found.append(Fact("training steps", f"{run.history[-1]['step'] - run.history[0]['step'] + 1:,}", cut))
+    if (seconds := _seconds(run)) is not None:
+        found.append(Fact("seconds", f"{seconds:,.0f}"))
+    if run.merge is not None:
+        sites, unmerged = len(run.merge.sites), len(run.merge.kept)
+        found.append(Fact("layers merged", f"{sites - unmerged:,}", f"of {sites:,}, with no overhead"))
+    return found
+
+
+def _evaluation(run: Run) -> list[Fact]:
+    """`before.NAME` stands beside NAME."""
+    found = []
+    for name, value in run.metrics.items():
+        if isinstance(value, int | float) and not name.startswith("before."):
+            before = run.metrics.get(f"before.{name}")
+            changed = before is not None and before != value
+            found.append(Fact(name, number(value), f"{number(before)} before training" if changed else ""))
+    if sum(b.count for b in run.bins) and "ece" not in run.metrics:
+        found.append(Fact("calibration error", f"{measures.calibration_error(run.bins):.3f}"))
+    return found[:MOST_METRICS]
+
+
+def _seconds(run: Run) -> float | None:
+    """What run.json says of time: a number, or one a stage."""
+    found = run.settings.get("seconds")
+    values = [*found.values()] if isinstance(found, dict) else [found]
+    return sum(values) if values and all(isinstance(v, int | float) for v in values) else None
+
+
+def _was_trained(plan: RankPlan | None) -> bool:
+    return plan is not None and bool(plan.sites) and plan.provenance.get("source") != "scores"
+
+
+def _full(plan: RankPlan) -> list[str]:
+    """Layers that keep every gate they have, and might take more."""
+    return [member for site in plan.sites if site.rank and site.rank == len(site.posterior) for member in site.members]
+
+
 def _spent(plan: RankPlan) -> str:
-    ranks = plan.ranks
+    ranks, full = plan.ranks, _full(plan)
     empty = sum(rank == 0 for rank in ranks.values())
-    largest = max(ranks.values())
-    most = [name for name, rank in ranks.items() if rank == largest]
-    text = f"{plan.total:,} ranks went to {len(ranks) - empty:,} of {len(ranks):,} layers{_budget(plan)}. "
+    text = f"{count(plan.total, 'rank')} went to {len(ranks) - empty:,} of {count(len(ranks), 'layer')}{_budget(plan)}"
     if empty:
-        text += (
-            f"{empty:,} {'layer' if empty == 1 else 'layers'} got none and {'is' if empty == 1 else 'are'} as in the base model"
-        )
-    else:
-        text += "Every layer got at least one"
-    if largest and len(most) == len(ranks):
-        return f"{text}; all have {largest:,}."
-    if largest:
-        others = f" and {len(most) - 1:,} more" if len(most) > 1 else ""
-        text += f"; {most[0]}{others} got the most, {largest:,}"
+        text += f"; the other {empty:,} {'is' if empty == 1 else 'are'} as in the base model"
+    if full:
+        more = "it could take" if len(full) == 1 else "they could take"
+        text += f". {count(len(full), 'layer')} {'is' if len(full) == 1 else 'are'} full: {more} more under a larger r_max"
+        if len(full) == len(ranks):
+            text += " and budget"
     return text + "."
 
 
@@ -76,16 +157,19 @@ def _budget(plan: RankPlan) -> str:
     return f", the whole budget of {amount}" if spent == budget["amount"] else f", {number(spent)} of a budget of {amount}"
 
 
-def _certainty(plan: RankPlan) -> str:
-    gates = measures.all_gates(plan)
-    if plan.provenance.get("source") == "scores":
+def _certainty(run: Run) -> str:
+    if not _was_trained(run.plan):
         return "The ranks come from the scores alone, without training: how certain they are is not known."
-    flips = measures.coin_flips(p for p, _ in gates)
+    gates = measures.all_gates(run.plan)
     kept, dropped = [p for p, k in gates if k], [p for p, k in gates if not k]
-    text = f"{flips:,} of {len(gates):,} gates ({flips / max(1, len(gates)):.0%}) are coin flips, with a probability "
-    text += "from {} to {}".format(*measures.COIN_FLIP)
+    found = []
+    if len(run.gates) > 1 and not tables.uneven(run.gates):
+        first, last = min(run.gates), max(run.gates)
+        mean, most = measures.moved(run.gates[first], run.gates[last])
+        text = f"From step {first:,} to {last:,} training moved a gate's probability by {mean:.4f} on average and "
+        text += f"{most:.4f} at most"
+        found.append(text + (": the ranks are those of the prior." if most < UNMOVED else "."))
     if kept and dropped:
-        text += (
-            f"; the weakest gate that was kept stands at {min(kept):.3f}, the strongest that was dropped at {max(dropped):.3f}"
-        )
-    return text + "."
+        text = f"The weakest gate that was kept stands at {min(kept):.3f}, the strongest that was dropped at {max(dropped):.3f}"
+        found.append(text + ("." if min(kept) >= max(dropped) else ": costs and limits of the budget count too."))
+    return " ".join(found)

@@ -9,10 +9,8 @@ from cobra.plan import RankPlan
 from cobra.prior import fuse
 from cobra.report import measures
 from cobra.report.markup import Table
-from cobra.report.run import Bin
+from cobra.report.run import Bin, Gates
 from cobra.scores import LayerScores
-
-Gates = dict[int, dict[str, list[float]]]
 
 
 def ranks(plan: RankPlan) -> Table:
@@ -82,7 +80,7 @@ def panels(rows: list[dict], labels: dict[str, str]) -> dict[str, tuple[list[int
     return found
 
 
-def uneven(gates: Gates) -> str:
+def uneven(gates: dict[int, Gates]) -> str:
     """Why trajectories cannot be drawn, or nothing."""
     sizes = {step: {name: len(p) for name, p in row.items()} for step, row in gates.items()}
     first = next(iter(sizes))
@@ -92,11 +90,11 @@ def uneven(gates: Gates) -> str:
     return "" if any(sizes[first].values()) else "no gates were recorded"
 
 
-def same_gates(gates: Gates, plan: RankPlan) -> bool:
+def same_gates(gates: dict[int, Gates], plan: RankPlan) -> bool:
     return {name: len(p) for name, p in next(iter(gates.values())).items()} == {s.name: len(s.posterior) for s in plan.sites}
 
 
-def trajectories(gates: Gates) -> Table:
+def trajectories(gates: dict[int, Gates]) -> Table:
     rows = [(name, k, step, p) for step, row in gates.items() for name, values in row.items() for k, p in enumerate(values)]
     return Table(("group", "gate", "step", "probability"), rows)
 
@@ -111,7 +109,8 @@ def merge(report: MergeReport) -> Table:
     for s in report.sites:
         share = s.delta_norm / s.weight_norm if s.weight_norm else None
         rows.append((s.name, s.rank, s.delta_norm, s.weight_norm, share, s.rounding_loss, s.merged))
-    return Table(("layer", "rank", "‖update‖", "‖weight‖", "‖update‖ / ‖weight‖", "lost to rounding", "merged"), rows)
+    norms = ("‖update‖", "‖weight‖", "‖update‖ / ‖weight‖")
+    return Table(("layer", "rank", *norms, "share of the update lost to rounding", "merged"), rows)
 
 
 def completeness(scores: LayerScores) -> Table:
