@@ -9,11 +9,46 @@
 COBRA Eq. (3); LoRA (Hu et al. 2022) is z = 1. Saved for backward: x, h and the small operands. For z (r,), z and s are folded
 into the small operand (B forward, A backward) and dz is read off dB, so nothing of the size (tokens, r) is scaled.
 Gradients reach x, A, B, z, and W and b if they require them. Double backward is not supported.
+
+The Triton path has been compiled for sm_80 and sm_90 and interpreted, and has never run on a GPU: it is off unless asked for.
 """
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from cobra_kernels import gated_lora_configs as configs
+from cobra_kernels.backend import TRITON_DTYPES, require_triton
+from cobra_kernels.sample_gates import concrete_gates, gate_noise
+
+
+@dataclass(frozen=True, eq=False)
+class ConcreteSample:
+    """Gates that are drawn where they are used, in the place of z: those of `sample_gates` at one site.
+
+    logits: (r,) fp32
+    seed, step: integers in [0, 2^64); site: in [0, 2^32)
+    temperature: () fp32 on the device of logits, greater than 0
+    """
+
+    logits: Tensor
+    seed: int
+    step: int
+    site: int
+    temperature: Tensor
+
+    def gates(self) -> Tensor:
+        """z (r,), differentiable in the logits."""
+        noise = gate_noise(1, len(self.logits), seed=self.seed, step=self.step, first_site=self.site)[0]
+        return concrete_gates(self.logits, noise.to(self.logits.device), self.temperature)
+
+    def draw(self) -> list[int]:
+        """(seed low, seed high, step low, step high, site) as signed words of 32 bits."""
+        words = (self.seed, self.seed >> 32, self.step, self.step >> 32, self.site)
+        return [(word + 2**31) % 2**32 - 2**31 for word in words]
 
 
 def gated_lora_linear_ref(
@@ -77,46 +112,141 @@ class _GatedLoraLinear(torch.autograd.Function):
         return dx, dW, dA, dB, dz, None, dy.sum(0) if needs_bias else None
 
 
+def _forward(x, weight, bias, lora_A, lora_B, gate, temperature, draw, scaling, keep_closed):
+    from cobra_kernels import gated_lora_fused
+
+    return gated_lora_fused.forward(x, weight, bias, lora_A, lora_B, gate, temperature, draw, scaling, keep_closed)
+
+
+def _forward_fake(x, weight, bias, lora_A, lora_B, gate, temperature, draw, scaling, keep_closed):
+    (M, _), N, r = x.shape, weight.shape[0], len(lora_A)
+    per_token = gate is not None and gate.ndim == 2
+    R = configs.padded_rank(
+        r, configs.pick_rank_tile(r, configs.is_wide_layer(weight)), gate is not None and not per_token and not draw
+    )
+    z, source, extent = (x.new_empty(n, dtype=t) for n, t in ((r, torch.float32), (R, torch.int32), (2, torch.int32)))
+    return x.new_empty(M, N), x.new_empty(M, R), x.new_empty((M, R) if per_token else 0), z, source, extent
+
+
+def _backward(dy, x, weight, lora_A, lora_B, gate, temperature, h, gated, z, source, extent, scaling, needs):
+    from cobra_kernels import gated_lora_fused
+
+    operands = (dy, x, weight, lora_A, lora_B, gate, temperature, h, gated, z, source, extent)
+    return gated_lora_fused.backward(*operands, scaling, needs)
+
+
+def _backward_fake(dy, x, weight, lora_A, lora_B, gate, temperature, h, gated, z, source, extent, scaling, needs):
+    likes = (x.new_empty(x.shape), torch.empty_like(lora_A), torch.empty_like(lora_B.t()).t())
+    dgate = None if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
+    return tuple(t if need else dy.new_empty(0) for t, need in zip((*likes, dgate), needs, strict=True))
+
+
+_OPERANDS = "Tensor x, Tensor weight{}, Tensor lora_A, Tensor lora_B, Tensor? gate, Tensor? temperature"
+torch.library.define(
+    "cobra::gated_lora_forward_triton",
+    f"({_OPERANDS.format(', Tensor? bias')}, int[] draw, float scaling, bool keep_closed)"
+    " -> (Tensor y, Tensor h, Tensor gated, Tensor z, Tensor source, Tensor extent)",
+)
+torch.library.define(
+    "cobra::gated_lora_backward_triton",
+    f"(Tensor dy, {_OPERANDS.format('')}, Tensor h, Tensor gated, Tensor z, Tensor source, Tensor extent, float scaling,"
+    " bool[] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)",
+)
+for _name, _implementation, _fake in (("forward", _forward, _forward_fake), ("backward", _backward, _backward_fake)):
+    torch.library.impl(f"cobra::gated_lora_{_name}_triton", "default", _implementation)
+    torch.library.register_fake(f"cobra::gated_lora_{_name}_triton", _fake)
+
+
+class _TritonGatedLoraLinear(torch.autograd.Function):
+    """The same over `gated_lora_fused`; gate is z, or with a draw the logits, or None."""
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, gate, scaling, bias, temperature, draw):
+        keep_closed = ctx.needs_input_grad[4]
+        operands = (lora_A, lora_B, gate, temperature)
+        y, *saved = torch.ops.cobra.gated_lora_forward_triton.default(x, weight, bias, *operands, draw, scaling, keep_closed)
+        ctx.save_for_backward(x, weight, *operands, *saved)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        needs_x, needs_weight, needs_A, needs_B, needs_gate, _, needs_bias, *_ = ctx.needs_input_grad
+        x = ctx.saved_tensors[0]
+        needs = [needs_x, needs_A, needs_B, needs_gate]
+        found = torch.ops.cobra.gated_lora_backward_triton.default(dy, *ctx.saved_tensors, ctx.scaling, needs)
+        dx, dA, dB, dgate = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
+        dW = dy.t() @ x if needs_weight else None
+        return dx, dW, dA, dB, dgate, None, dy.sum(0) if needs_bias else None, None, None
+
+
 def gated_lora_linear(
     x: Tensor,
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    z: Tensor | None = None,
+    z: Tensor | ConcreteSample | None = None,
     *,
     scaling: float = 1.0,
     bias: Tensor | None = None,
+    backend: Literal["torch", "triton"] | None = None,
 ) -> Tensor:
     """y = x Wᵀ + b + scaling ((x Aᵀ) ∘ z) Bᵀ, with fused products forward and backward.
 
     x: (..., K)
     weight: (N, K); a transposed view of a (K, N) weight is as good
     lora_A: (r, K), lora_B: (N, r), r >= 1
-    z: (r,), or (..., r) with the leading shape of x; None means all gates open
+    z: (r,), or (..., r) with the leading shape of x, or a `ConcreteSample`; None means all gates open
     scaling: the fixed s
     bias: (N,)
+    backend: "triton" needs a CUDA device, and half precision or fp32; nothing else is tried where it cannot run
 
     out: (..., N) in the dtype of x, or in autocast's dtype. A, B and z may be fp32 beside a half-precision x.
 
     Raises ValueError where shapes do not fit.
     """
-    _check_shapes(x, weight, lora_A, lora_B, z, bias)
-    z = torch.ones_like(lora_A[:, 0]) if z is None else z
-    z = z.reshape(-1, z.shape[-1]) if z.ndim > 1 else z
+    sample = z if isinstance(z, ConcreteSample) else None
+    gate = z if sample is None else sample.logits
+    _check_shapes(x, weight, lora_A, lora_B, gate, bias)
+    if backend not in (None, "torch", "triton"):
+        raise ValueError(f"no backend {backend!r}; there are 'torch' and 'triton'")
+    gate = gate.reshape(-1, gate.shape[-1]) if gate is not None and gate.ndim > 1 else gate
     flat = x.reshape(-1, x.shape[-1])
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            y = _apply(flat.to(dtype), weight, lora_A, lora_B, z, scaling, bias)
+            y = _apply(flat.to(dtype), weight, lora_A, lora_B, gate, sample, scaling, bias, backend)
     else:
-        y = _apply(flat, weight, lora_A, lora_B, z, scaling, bias)
+        y = _apply(flat, weight, lora_A, lora_B, gate, sample, scaling, bias, backend)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _apply(x, weight, lora_A, lora_B, z, scaling, bias) -> Tensor:
+def _apply(x, weight, lora_A, lora_B, gate, sample, scaling, bias, backend) -> Tensor:
     # cast outside the Function, so that the cast's own backward returns the gradient in the parameter's dtype
-    return _GatedLoraLinear.apply(x, weight.to(x.dtype), lora_A, lora_B, z, scaling, None if bias is None else bias.to(x.dtype))
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if backend == "triton":
+        _check_triton(x, lora_A, lora_B, gate)
+        if len(x) and len(weight):  # else there is nothing to launch
+            drawn = (None, []) if sample is None else (sample.temperature, sample.draw())
+            return _TritonGatedLoraLinear.apply(x, weight, lora_A, lora_B, gate, scaling, bias, *drawn)
+    z = gate if sample is None else sample.gates()
+    z = torch.ones_like(lora_A[:, 0]) if z is None else z
+    return _GatedLoraLinear.apply(x, weight, lora_A, lora_B, z, scaling, bias)
+
+
+def _check_triton(x, lora_A, lora_B, gate) -> None:
+    require_triton(x)
+    for name, t in {"lora_A": lora_A, "lora_B": lora_B, "z": gate}.items():
+        if t is not None and t.dtype not in TRITON_DTYPES:
+            raise ValueError(f"backend='triton' takes {name} in float32, bfloat16 or float16, not {t.dtype}; cast it")
+    capability = torch.cuda.get_device_capability(x.device)
+    if capability != (8, 0) and capability < (9, 0):
+        raise RuntimeError(
+            "backend='triton' has tiles for compute capability 8.0 and from 9.0 on, and x is on one of"
+            f" {'.'.join(map(str, capability))}; the default backend runs everywhere"
+        )
 
 
 def _check_shapes(x, weight, lora_A, lora_B, z, bias) -> None:

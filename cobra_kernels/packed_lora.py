@@ -14,13 +14,14 @@ The Triton path has been compiled for sm_80 and sm_90 and interpreted, and has n
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from cobra_kernels.backend import require_triton
 
 GATHER_BELOW = 8  # tokens a run on average: sorting shorter ones costs less than a product for each
 WIDEN_BELOW = 32  # tokens a product: the CPU's half-precision products are slow to start
@@ -155,7 +156,7 @@ def packed_lora_(
     if backend == "torch":
         torch.ops.cobra.packed_lora_.default(*operands, ids.order if prepared else None)
     elif backend == "triton":
-        _check_triton(x)
+        require_triton(x)
         torch.ops.cobra.packed_lora_triton_.default(*operands, ids.blocks if prepared else None)
     else:
         raise ValueError(f"no backend {backend!r}; there are 'torch' and 'triton'")
@@ -210,17 +211,3 @@ def _check(y, x, lora_A, lora_B, ranks, ids) -> None:
             raise ValueError(f"{name} is on {t.device} and x on {x.device}; move them to one device")
     if ids.device != x.device and not x.is_meta:
         raise ValueError(f"ids are on {ids.device} and x on {x.device}; move them to one device")
-
-
-def _check_triton(x: Tensor) -> None:
-    """An explicit request never falls back in silence."""
-    if find_spec("triton") is None:
-        raise RuntimeError(
-            "backend='triton' needs the package triton, which is not installed; the default backend needs nothing"
-        )
-    if x.device.type != "cuda":
-        raise RuntimeError(f"backend='triton' needs a CUDA device, and x is on {x.device}; the default backend runs everywhere")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"backend='triton' takes float32, bfloat16 and float16, not {x.dtype}; cast, or use the default backend"
-        )

@@ -1,0 +1,141 @@
+"""Tiles of the Triton kernels of `gated_lora_linear`: frozen, and picked from tables by pure functions of sizes.
+
+"wide" operands are half precision with dense rows that load 16 bytes at a time; everything else takes the narrow tables, whose
+smaller tiles keep fp32 and odd widths in registers. What is in the tables compiles for sm_80 and sm_90 without spilling. It was
+chosen by arithmetic and never timed: `make gpu` sweeps the candidates and writes what wins.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+PROGRAMS = 264  # enough to fill a device: two for each multiprocessor of an H100
+
+
+@dataclass(frozen=True)
+class ShrinkConfig:
+    BLOCK_M: int
+    BLOCK_K: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_R: int
+    GROUP_M: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class TokensConfig:
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    BLOCK_M: int
+    BLOCK_R: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class SmallConfig:
+    """Of fold and columns."""
+
+    ROWS: int = 16
+    COLUMNS: int = 256
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+def is_wide_layer(weight: Tensor) -> bool:
+    """Whether operands are loaded 16 bytes at a time: half precision, sizes and row strides that are multiples of 16."""
+    unit, other = sorted(weight.stride())
+    return weight.element_size() == 2 and unit == 1 and other % 16 == weight.shape[0] % 16 == weight.shape[1] % 16 == 0
+
+
+def pick_rank_tile(r: int, wide: bool) -> int:
+    """BLOCK_R of all kernels of a layer, a multiple of 16; active ranks are rounded up to it."""
+    return 16 if r <= 16 or not wide else 32 if r <= 32 else 64
+
+
+def padded_rank(r: int, rank_tile: int, partitioned: bool) -> int:
+    """R: r in whole tiles; partitioned, the most that open and closed ranks fill in tiles of their own."""
+    tiles = (r - 2) // rank_tile + 2 if partitioned else -(-r // rank_tile)
+    return tiles * rank_tile
+
+
+def pick_shrink_config(M: int, rank_tile: int, wide: bool) -> ShrinkConfig:
+    if not wide:
+        return ShrinkConfig(BLOCK_M=16 if M <= 16 else 64, BLOCK_K=32, BLOCK_R=rank_tile, num_warps=4, num_stages=2)
+    return ShrinkConfig(BLOCK_M=16 if M <= 16 else 64, BLOCK_K=128, BLOCK_R=rank_tile, num_warps=4, num_stages=3)
+
+
+def pick_base_config(M: int, N: int, rank_tile: int, wide: bool, arch: int) -> BaseConfig:
+    """M, N: rows and columns of the output; arch: compute capability, 80 for an A100, 90 for an H100"""
+    block_r = min(rank_tile, 32)
+    if not wide:
+        return BaseConfig(16 if M <= 16 else 64, 64, 16, block_r, GROUP_M=8, num_warps=4, num_stages=2)
+    if M <= 16:
+        return BaseConfig(16, 128, 128, block_r, GROUP_M=8, num_warps=4, num_stages=4)
+    if M <= 64:
+        return BaseConfig(64, 128, 64, block_r, GROUP_M=8, num_warps=4, num_stages=4)
+    if -(-M // 128) * -(-N // 256) < PROGRAMS // 2:
+        return BaseConfig(128, 128, 64, block_r, GROUP_M=8, num_warps=8, num_stages=4)
+    if arch < 90:
+        return BaseConfig(128, 256, 32, block_r, GROUP_M=8, num_warps=8, num_stages=4)
+    return BaseConfig(128, 256, 64, block_r, GROUP_M=8, num_warps=8, num_stages=3)
+
+
+def pick_tokens_config(rank_tile: int, wide: bool) -> TokensConfig:
+    if not wide:
+        return TokensConfig(BLOCK_M=32, BLOCK_N=64, BLOCK_R=rank_tile, num_warps=4, num_stages=1)
+    return TokensConfig(BLOCK_M=64, BLOCK_N=256 if rank_tile <= 32 else 128, BLOCK_R=rank_tile, num_warps=8, num_stages=3)
+
+
+def pick_rows_config(rank_tile: int) -> RowsConfig:
+    return RowsConfig(BLOCK_M=1024 // rank_tile, BLOCK_R=rank_tile)
+
+
+def pick_one_pass(r: int, rank_tile: int) -> bool:
+    """Whether one pass over dy gives both g and the sums of dB.
+
+    g then goes through a plane of 4 M R bytes for each tile of columns, written and read; reading dy again costs 2 M N. With
+    256 columns a tile the first is smaller below R = 64.
+    """
+    return r <= rank_tile <= 32
+
+
+def pick_shrink_planes(programs: int, K: int) -> int:
+    """Parts that K is cut into where there are few programs with a long loop each."""
+    return 8 if programs <= PROGRAMS // 8 and K >= 2048 else 1
+
+
+def pick_token_planes(programs: int, M: int, block_m: int) -> int:
+    """Parts that the tokens are cut into: enough programs for the device, at least 4 tiles a program, at most 32."""
+    return max(1, min(-(-PROGRAMS // programs), M // (4 * block_m), 32))
+
+
+def candidates_shrink(rank_tile: int) -> list[ShrinkConfig]:
+    """For wide operands; the sweep times each."""
+    return [ShrinkConfig(m, k, rank_tile, w, s) for m in (64, 128) for k in (64, 128) for w in (4, 8) for s in (3, 4)]
+
+
+def candidates_base(rank_tile: int) -> list[BaseConfig]:
+    tiles = [(128, 128, 64, 4), (128, 128, 64, 8), (128, 256, 64, 8), (256, 128, 64, 8), (64, 256, 64, 4), (128, 256, 32, 8)]
+    return [BaseConfig(m, n, k, min(rank_tile, 32), 8, w, s) for m, n, k, w in tiles for s in (3, 4)]
+
+
+def candidates_tokens(rank_tile: int) -> list[TokensConfig]:
+    return [TokensConfig(m, n, rank_tile, w, s) for m in (32, 64) for n in (64, 128, 256) for w in (4, 8) for s in (2, 3, 4)]

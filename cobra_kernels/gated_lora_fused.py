@@ -1,0 +1,107 @@
+"""Forward and backward of `gated_lora_linear` from the Triton kernels: h and g once, dy read once where that is less to read.
+
+Operands are 2-D and have tokens; shapes and symbols are those of `gated_lora_linear_triton`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cobra_kernels import gated_lora_configs as configs
+from cobra_kernels import gated_lora_launch as launch
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gate: Tensor | None,
+    temperature: Tensor | None,
+    draw: Sequence[int],
+    scaling: float,
+    keep_closed: bool,
+) -> tuple[Tensor, ...]:
+    """-> y (M, N), h (M, R), h with the tokens' gates or empty, z (r,), source (R,), extent (2,)
+
+    gate: (r,) or (M, r) gates, (r,) logits with a draw, or None
+    temperature, draw: () fp32, and signed words (seed low, seed high, step low, step high, site); empty for given gates
+    keep_closed: closed gates get their dz too, which needs their h
+    """
+    wide = configs.is_wide_layer(weight)
+    x = _dense(x) if wide else x
+    r, per_token = len(lora_A), gate is not None and gate.ndim == 2
+    kind = "sampled" if draw else "open" if gate is None or per_token else "given"
+    rank_tile = configs.pick_rank_tile(r, wide)
+    R = configs.padded_rank(r, rank_tile, kind == "given")
+    z = launch.empty(x, r, dtype=torch.float32)
+    source, extent = launch.empty(x, R, dtype=torch.int32), launch.empty(x, 2, dtype=torch.int32)
+    gates = launch.Gates(z, source, extent, 1.0 if per_token else scaling)
+    with torch.cuda.device_of(x):
+        packed_A, folded_B = launch.fold(x, lora_A, lora_B, gates, rank_tile, kind, gate, temperature, draw, keep_closed)
+        h, gated, _ = launch.shrink(x, packed_A, gates, rank_tile, wide, (gate, scaling) if per_token else None)
+        y = launch.base(x, weight.t(), gated if per_token else h, folded_B, bias, gates, rank_tile, wide)
+    return y, h, gated, z, source, extent
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gate: Tensor | None,
+    temperature: Tensor | None,
+    h: Tensor,
+    gated: Tensor,
+    z: Tensor,
+    source: Tensor,
+    extent: Tensor,
+    scaling: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dx, dA, dB and the gradient of gate, each empty where `needs` (x, A, B, gate) says that it is not wanted."""
+    needs_x, needs_A, needs_B, needs_gate = needs
+    wide = configs.is_wide_layer(weight)
+    dy, x = (_dense(dy), _dense(x)) if wide else (dy, x)
+    per_token = gate is not None and gate.ndim == 2
+    rank_tile = configs.pick_rank_tile(len(lora_A), wide)
+    gates = launch.Gates(z, source, extent, 1.0 if per_token else scaling)
+    token_gates = (gate, scaling) if per_token else None
+    dx = dA = dB = dgate = None
+    needs_g = needs_x or needs_A or (needs_gate and per_token)
+    needs_sums = needs_B or (needs_gate and not per_token)
+    with torch.cuda.device_of(x):
+        folded_A, packed_B = launch.fold(dy, lora_A, lora_B, gates, rank_tile, "known")
+        one_pass = needs_g and needs_sums and configs.pick_one_pass(len(lora_A), rank_tile)
+        if needs_sums:
+            sums, g_planes = launch.tokens(
+                dy, gated if per_token else h, packed_B if one_pass else None, gates, rank_tile, wide
+            )
+        if needs_g:
+            h_of_dz = h if per_token and needs_gate else None
+            if one_pass:
+                g, gated_g, dz = launch.rows(g_planes, gates, rank_tile, dy.dtype, token_gates, h_of_dz)
+            else:
+                g, gated_g, dz = launch.shrink(dy, packed_B, gates, rank_tile, wide, token_gates, h_of_dz)
+            if per_token:
+                g, dgate = gated_g, dz
+        if needs_sums:
+            dB, partial = launch.columns(sums, lora_B.t(), gates, closed=True, with_dz=needs_gate and not per_token)
+            dB = dB.t() if needs_B else None
+            if needs_gate and not per_token:
+                dgate = launch.dz(partial, gates, gate, temperature)
+        if needs_A:
+            sums, _ = launch.tokens(x, g, None, gates, rank_tile, wide, closed=False)
+            dA, _ = launch.columns(sums, lora_A, gates, closed=False)
+        if needs_x:
+            dx = launch.base(dy, weight, g, folded_A, None, gates, rank_tile, wide)
+    return tuple(launch.empty(dy, 0) if gradient is None else gradient for gradient in (dx, dA, dB, dgate))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x itself where its rows are wide, else a copy: loads of odd strides cost more than it."""
+    wide = x.stride(1) == 1 and x.stride(0) % 16 == x.data_ptr() % 16 == 0
+    return x if wide else x.clone(memory_format=torch.contiguous_format)
