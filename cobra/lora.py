@@ -49,6 +49,7 @@ class LoraAdapter:
     dropout: on the branch's input in training
     ambiguous: whether a layer's full name is the end of another module's, which peft would then adapt too
     base_model: name or path of the base model, where known
+    task_type: peft's, e.g. "CAUSAL_LM", where its writer said it
     provenance: what the writer recorded (plan, config, calibration); {} for adapters of other programs
     """
 
@@ -58,6 +59,7 @@ class LoraAdapter:
     dropout: float = 0.0
     ambiguous: bool = False
     base_model: str | None = None
+    task_type: str | None = None
     provenance: dict = field(default_factory=dict)
 
     @property

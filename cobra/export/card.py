@@ -203,4 +203,5 @@ def _described(adapter: LoraAdapter, layout: str) -> Checkpoint:
     modules = {
         name: Shapes((rank, layers[name].in_features), (layers[name].out_features, rank)) for name, rank in written.items()
     }
-    return Checkpoint(config, modules, tuple(f"{name}.{key}" for name, head in adapter.heads.items() for key in head))
+    others = sorted(f"{name}.{key}" for name, head in adapter.heads.items() for key in head)  # as a file lists them
+    return Checkpoint(config, modules, tuple(others))

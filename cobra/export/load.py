@@ -41,6 +41,7 @@ def load_adapter(folder: Path | str) -> LoraAdapter:
         dropout=float(config.get("lora_dropout") or 0.0),
         ambiguous=bool(provenance) and isinstance(config.get("target_modules"), str),
         base_model=config.get("base_model_name_or_path"),
+        task_type=config.get("task_type"),
         provenance={k: v for k, v in provenance.items() if k not in ("kind", "version", "layout")},
     )
 

@@ -58,7 +58,7 @@ def _config(adapter: LoraAdapter, layout: str) -> dict:
     pattern = {} if layout == "padded" else rank_pattern(ranks, largest)
     return {
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": adapter.task_type,
         "base_model_name_or_path": adapter.base_model,
         "inference_mode": True,
         "r": largest,
