@@ -6,8 +6,8 @@ import heapq
 
 import torch
 
-from bench.timing import Comparison, compare
 from cobra.budget import Budget, allocate
+from cobra.timing import Comparison, compare
 
 SHAPES = ((1000, 100), (224, 446))  # groups × gates
 COSTS = {  # of one rank, over the layers of a block

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from captum.attr import LayerConductance
 
-from bench.timing import Comparison, compare
 from bench.workload import batch, minilm
 from cobra.batch import Batch
 from cobra.conductance import attribute
@@ -13,6 +12,7 @@ from cobra.entry import find_entry
 from cobra.objective import default_target
 from cobra.path import path_rule
 from cobra.sites import find_sites
+from cobra.timing import Comparison, compare
 from cobra.watch import frozen
 
 POINTS = 50

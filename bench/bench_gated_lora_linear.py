@@ -8,9 +8,9 @@ import peft
 import torch
 
 import cobra
-from bench.timing import Comparison, compare
 from bench.workload import batch, forward_backward, minilm
 from cobra.sites import find_sites
+from cobra.timing import Comparison, compare
 
 FROZEN = "frozen model, gradient to the embeddings"
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from bench.timing import Comparison, compare
 from bench.workload import batch, minilm
 from cobra.batch import Batch
 from cobra.entry import find_entry
 from cobra.gradient import gradient_norms
 from cobra.objective import default_loss
 from cobra.sites import find_sites
+from cobra.timing import Comparison, compare
 from cobra.watch import frozen
 
 

@@ -7,8 +7,8 @@ import copy
 import torch
 
 import cobra
-from bench.timing import Comparison, compare
 from bench.workload import batch, minilm
+from cobra.timing import Comparison, compare
 
 
 def run(rounds: int = 30) -> list[Comparison]:

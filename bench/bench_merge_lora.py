@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import cobra
-from bench.timing import Comparison, Timing, compare
 from bench.workload import minilm
 from cobra.sites import find_sites
+from cobra.timing import Comparison, Timing, compare
 from cobra_kernels.merge_lora import MergeItem, merge_lora, merge_lora_group
 from cobra_kernels.testing import assert_within_budget
 

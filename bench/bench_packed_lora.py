@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.timing import Comparison, compare
+from cobra.timing import Comparison, compare
 from cobra_kernels.packed_lora import packed_lora_, packed_lora_ref, segment_tokens
 
 ROWS = 16

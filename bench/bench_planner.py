@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.timing import Comparison, Timing
 from cobra.deploy.cost import SiteShape, Workload, unmerged_cost
 from cobra.deploy.device import measure_cpu
+from cobra.timing import Comparison, Timing
 
 SHAPES = ((384, 384), (384, 1536), (1536, 384))
 RANKS = (4, 16, 64)

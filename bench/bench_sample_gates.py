@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.distributions import Bernoulli, kl_divergence
 
-from bench.timing import Comparison, compare
+from cobra.timing import Comparison, compare
 from cobra_kernels import gate_kl, sample_gates
 
 SITES, RANKS, TEMPERATURE = 36, 16, 0.5
