@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from cobra.cli.calibrate import calibrate
 from cobra.cli.shell import explained, warnings_told
 from cobra.cli.training.command import train
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     help="Decides where an adapter's rank belongs, trains it, and merges it away.",
 )
 
+app.command()(calibrate)
 app.command()(train)
 
 
@@ -255,6 +257,25 @@ def diagnose(
         )
         found = run_diagnosis(settings, out)
     typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else f"{found.table()}\n{out}")
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="A transformers folder, minilm or smollm2.")] = "minilm",
+    rounds: Annotated[int, typer.Option(min=1, help="Of every alternative, in turn.")] = 9,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 8,
+    tokens: Annotated[int, typer.Option(min=2, help="Of an example.")] = 64,
+    rank: Annotated[int, typer.Option(min=1, help="Of LoRA; with gates, of r_max and of half of it.")] = 8,
+    points: Annotated[int, typer.Option(min=2, help="Of the calibration's path.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """What COBRA costs on this machine: training beside the frozen model and peft, calibration, merging, merged inference."""
+    with explained(), warnings_told():
+        from cobra.cli.bench import BenchSettings, run_bench
+
+        settings = BenchSettings(model=model, rounds=rounds, batch_size=batch_size, tokens=tokens, rank=rank, points=points)
+        found = run_bench(settings)
+    typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else found.table())
 
 
 @app.command()
