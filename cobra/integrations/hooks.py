@@ -111,7 +111,8 @@ class StepHooks:
         if self._bad_in_a_row >= self.max_bad_steps:
             raise FloatingPointError(
                 f"gradients were not finite in {self._bad_in_a_row} steps in a row (max_bad_steps), now those of "
-                f"{where.removesuffix(',')}; lower the learning rate, train in bf16 or fp32 instead of fp16, or look at the batches of these steps"
+                f"{where.removesuffix(',')}; lower the learning rate, train in bf16 or fp32 instead of fp16, or look at the "
+                "batches of these steps"
             )
         warnings.warn(f"gradients of {where} are not finite: step skipped ({self.bad} so far)", stacklevel=2)
         return True
