@@ -5,7 +5,7 @@
 The sum is fp32 (fp64 for fp64 weights) and is rounded once to the weight's dtype, under autocast too. A group of weights on
 the CPU is merged in one pass over its memory, and what rounding lost is summed in the same pass:
 
-    ‖ΔW‖²   ‖W‖²   ‖(W' - W) - ΔW‖²          fp64, for each weight
+    ‖ΔW‖²   ‖W‖²   ‖(W' - W) - ΔW‖²          for each weight; squares are fp32, their sums over more than a few rows fp64
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from cobra_kernels import extension
 from cobra_kernels.precision import full_precision
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/merge.cpp
-MAX_RANK = 512  # above it, summing one rank after the other loses more than twice what torch does, which sums in blocks
+LEAST_SQUARE = 1e-30  # a mean square below it may have lost squares to underflow
 CPU_LEVEL = 2  # instructions the extension may use where the machine has them: 0 none in particular, 1 AVX2, 2 AVX-512
 
 
@@ -127,11 +127,10 @@ def _adjacent_dim(weight: Tensor, target: Tensor) -> int | None:
 
 
 def _is_compiled(item: MergeItem, target: Tensor) -> bool:
-    """Whether the extension takes it: plain fp32, bf16 or fp16 in CPU memory, of a rank that LoRA has."""
+    """Whether the extension takes it: plain fp32, bf16 or fp16 in CPU memory."""
     return (
         item.weight.device.type == "cpu"
         and item.weight.dtype in DTYPE_CODES
-        and item.lora_A.shape[0] <= MAX_RANK
         and all(type(t) in (Tensor, nn.Parameter) for t in (item.weight, item.lora_A, item.lora_B, target))
         and _adjacent_dim(item.weight, target) is not None
     )
@@ -153,6 +152,12 @@ def _launch(library: ctypes.CDLL, items: list[MergeItem], targets: list[Tensor],
         raise MemoryError(f"no memory to merge {len(items)} weights in")
 
 
+def _out_of_range(item: MergeItem, sums: Tensor) -> bool:
+    """Whether squares of the sums (3,) may have left fp32's range; at rank 0 two of them are 0."""
+    sums = sums if item.lora_A.shape[0] else sums[1:2]
+    return item.weight.numel() > 0 and not bool((sums.isfinite() & (sums >= LEAST_SQUARE * item.weight.numel())).all())
+
+
 @torch.no_grad()
 def merge_lora_group(
     items: Sequence[MergeItem], *, out: Sequence[Tensor] | None = None, statistics: bool = True
@@ -165,7 +170,8 @@ def merge_lora_group(
         new ones that lie in memory as the weights do: for a transposed view, a transposed view
 
     Returns the W' (N, K), and (items, 3) fp64 on the CPU, ‖ΔW‖², ‖W‖² and ‖(W' - W) - ΔW‖² of each, or None without
-    `statistics`. The last of the three is finite if and only if all of W' is.
+    `statistics`. The last of the three is finite if and only if all of W' is. Sums whose squares may have left fp32's range are
+    made again in fp64, except in place, where W is gone: there they are Inf or 0.
     """
     _check(items, out)
     targets = [torch.empty_like(item.weight) for item in items] if out is None else list(out)
@@ -176,7 +182,9 @@ def merge_lora_group(
         part = torch.empty(len(chosen), 3, dtype=torch.float64, device="cpu") if statistics else None
         _launch(library, [items[i] for i in chosen], [targets[i] for i in chosen], part)
         if sums is not None:
-            sums[chosen] = part
+            for i, row in zip(chosen, part, strict=True):
+                again = _out_of_range(items[i], row) and targets[i].data_ptr() != items[i].weight.data_ptr()
+                sums[i] = _statistics_ref(items[i], targets[i]) if again else row
         if out is not None:
             torch.autograd.graph.increment_version([targets[i] for i in chosen])
     for i in sorted(set(range(len(items))) - set(chosen)):

@@ -6,18 +6,12 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-constexpr int DOUBLE_LANES = LANES / 2;
-typedef double Doubles __attribute__((vector_size(8 * DOUBLE_LANES)));
-typedef float FewFloats __attribute__((vector_size(4 * DOUBLE_LANES)));
 #define COBRA_CONVERT(To, from) __builtin_convertvector(from, To)
 #else
 typedef float Floats;
 typedef uint32_t Words;
 typedef int32_t Integers;
 typedef uint16_t Halves;
-constexpr int DOUBLE_LANES = 1;
-typedef double Doubles;
-typedef float FewFloats;
 #define COBRA_CONVERT(To, from) static_cast<To>(from)
 #endif
 
@@ -39,13 +33,11 @@ COBRA_INLINE Floats floats(Words words) { return load<Floats>(&words); }
 // Conversions: one instruction each where the compiler would not find it.
 
 #if COBRA_LANES == 16
-COBRA_INLINE Doubles load_doubles(const float* from) { return (Doubles)_mm512_cvtps_pd(_mm256_loadu_ps(from)); }
 COBRA_INLINE Words load_halves(const uint16_t* from) { return (Words)_mm512_cvtepu16_epi32(load<__m256i>(from)); }
 COBRA_INLINE void store_halves(uint16_t* to, Words half) { store(to, _mm512_cvtepi32_epi16((__m512i)half)); }
 COBRA_INLINE Floats widen_float16(Words half) { return (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)half)); }
 COBRA_INLINE Words narrow_float16(Floats value) { return (Words)_mm512_cvtepu16_epi32(_mm512_cvtps_ph((__m512)value, 0)); }
 #elif COBRA_LANES == 8
-COBRA_INLINE Doubles load_doubles(const float* from) { return (Doubles)_mm256_cvtps_pd(_mm_loadu_ps(from)); }
 COBRA_INLINE Words load_halves(const uint16_t* from) { return (Words)_mm256_cvtepu16_epi32(load<__m128i>(from)); }
 COBRA_INLINE __m128i low_halves(Words half) {
   const __m256i packed = _mm256_packus_epi32((__m256i)half, (__m256i)half);
@@ -55,7 +47,6 @@ COBRA_INLINE void store_halves(uint16_t* to, Words half) { store(to, low_halves(
 COBRA_INLINE Floats widen_float16(Words half) { return (Floats)_mm256_cvtph_ps(low_halves(half)); }
 COBRA_INLINE Words narrow_float16(Floats value) { return (Words)_mm256_cvtepu16_epi32(_mm256_cvtps_ph((__m256)value, 0)); }
 #else
-COBRA_INLINE Doubles load_doubles(const float* from) { return COBRA_CONVERT(Doubles, load<FewFloats>(from)); }
 COBRA_INLINE Words load_halves(const uint16_t* from) { return COBRA_CONVERT(Words, load<Halves>(from)); }
 COBRA_INLINE void store_halves(uint16_t* to, Words half) { store(to, COBRA_CONVERT(Halves, half)); }
 COBRA_INLINE Floats widen_float16(Words half) {
@@ -77,36 +68,74 @@ COBRA_INLINE Words narrow_float16(Floats value) {
 }
 #endif
 
+// sum + x x, explicitly in one instruction: left to the compiler, bits would depend on the code around it
+#if COBRA_LANES == 16
+COBRA_INLINE Floats add_square(Floats sum, Floats x) { return (Floats)_mm512_fmadd_ps((__m512)x, (__m512)x, (__m512)sum); }
+#elif COBRA_LANES == 8
+COBRA_INLINE Floats add_square(Floats sum, Floats x) { return (Floats)_mm256_fmadd_ps((__m256)x, (__m256)x, (__m256)sum); }
+#else
+COBRA_INLINE Floats add_square(Floats sum, Floats x) { return sum + x * x; }
+#endif
+
+// Stores past the caches: what is written is not read again here, and its lines need not be read first. Aligned to the register.
+
+#if COBRA_LANES == 16
+COBRA_INLINE void stream(float* to, Floats value) { _mm512_stream_ps(to, (__m512)value); }
+COBRA_INLINE void stream_halves(uint16_t* to, Words half) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)half));
+}
+#elif COBRA_LANES == 8
+COBRA_INLINE void stream(float* to, Floats value) { _mm256_stream_ps(to, (__m256)value); }
+COBRA_INLINE void stream_halves(uint16_t* to, Words half) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), low_halves(half));
+}
+#else
+COBRA_INLINE void stream(float* to, Floats value) { store(to, value); }
+COBRA_INLINE void stream_halves(uint16_t* to, Words half) { store_halves(to, half); }
+#endif
+
 // Formats of weights: widened exactly, rounded once to nearest, ties to even. Overflow gives Inf, NaN stays NaN.
-// `put` returns the numbers that were stored.
+// `put` returns the numbers that were stored; `lost` is (after - before) - delta, without a rounding error that would matter.
 
 struct Float32 {
   using Number = float;
   COBRA_INLINE Floats get(const float* from) { return load<Floats>(from); }
+  template <bool STREAMS>
   COBRA_INLINE Floats put(float* to, Floats value) {
-    store(to, value);
+    STREAMS ? stream(to, value) : store(to, value);
     return value;
+  }
+  // Knuth's two-sum: exact
+  COBRA_INLINE Floats lost(Floats before, Floats delta, Floats after) {
+    const Floats added = after - before;
+    return (after - added - before) + (added - delta);
   }
 };
 
-struct BFloat16 {
+// after - before is exact where they are near each other, and far from what is lost where they are not
+struct Half {
   using Number = uint16_t;
+  COBRA_INLINE Floats lost(Floats before, Floats delta, Floats after) { return (after - before) - delta; }
+};
+
+struct BFloat16 : Half {
   COBRA_INLINE Floats get(const uint16_t* from) { return floats(load_halves(from) << 16); }
+  template <bool STREAMS>
   COBRA_INLINE Floats put(uint16_t* to, Floats value) {
     const Words bits = words(value), quiet = bits | 0x400000u;
     const Words rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
     const Words half = (value == value ? rounded : quiet) >> 16;
-    store_halves(to, half);
+    STREAMS ? stream_halves(to, half) : store_halves(to, half);
     return floats(half << 16);
   }
 };
 
-struct Float16 {
-  using Number = uint16_t;
+struct Float16 : Half {
   COBRA_INLINE Floats get(const uint16_t* from) { return widen_float16(load_halves(from)); }
+  template <bool STREAMS>
   COBRA_INLINE Floats put(uint16_t* to, Floats value) {
     const Words half = narrow_float16(value);
-    store_halves(to, half);
+    STREAMS ? stream_halves(to, half) : store_halves(to, half);
     return widen_float16(half);
   }
 };

@@ -21,11 +21,20 @@
 #if defined(__GNUC__)
 #define COBRA_ALWAYS __attribute__((always_inline))
 #define COBRA_NEVER __attribute__((noinline))
-#define COBRA_PREFETCH(address, write) __builtin_prefetch(address, write)
+#define COBRA_PREFETCH(address) __builtin_prefetch(address, 0, 2)
+#define COBRA_UNROLL _Pragma("GCC unroll 8")  // early, so that arrays of registers are not kept in memory
 #else
 #define COBRA_ALWAYS
 #define COBRA_NEVER
-#define COBRA_PREFETCH(address, write) (void)(address)
+#define COBRA_PREFETCH(address) (void)(address)
+#define COBRA_UNROLL
+#endif
+
+// after stores past the caches, which are not ordered with others
+#if defined(__GNUC__) && defined(__x86_64__)
+#define COBRA_FENCE() _mm_sfence()
+#else
+#define COBRA_FENCE() (void)0
 #endif
 
 namespace cobra {
@@ -47,11 +56,12 @@ struct Tile {
   int64_t row, rows, column, columns;
 };
 
-constexpr int64_t TILE_ROWS = 192;       // a multiple of every ROWS
+constexpr int64_t TILE_ROWS = 192;       // a multiple of ROWS
 constexpr int64_t TILE_COLUMNS = 512;    // at most
 constexpr int64_t TILE_FACTORS = 32768;  // elements of R in a tile, so that they stay in cache
-constexpr int64_t MOST_COLUMNS = 32;     // of a panel: a multiple of every PANEL
-constexpr int64_t MOST_ROWS = 8;         // of a block: the largest ROWS
+constexpr int64_t MOST_COLUMNS = 64;     // of a panel: a multiple of every PANEL
+constexpr int64_t RANK_BLOCK = 256;      // ranks that are summed in a row
+constexpr int ROWS = 4;                  // of a block
 constexpr int64_t SUMS = 3;              // of squares: L R, W, (W' - W) - L R
 
 #define COBRA_ISA portable
@@ -61,20 +71,20 @@ constexpr int64_t SUMS = 3;              // of squares: L R, W, (W' - W) - L R
 #else
 #define COBRA_LANES 1
 #endif
-#define COBRA_ROWS 6
+#define COBRA_VECTORS 2
 #include "merge_tile.h"
 
 #if defined(__GNUC__) && defined(__x86_64__)
 #define COBRA_ISA avx2
 #define COBRA_TARGET __attribute__((target("avx2,fma,f16c")))
 #define COBRA_LANES 8
-#define COBRA_ROWS 6
+#define COBRA_VECTORS 2
 #include "merge_tile.h"
 
 #define COBRA_ISA avx512
 #define COBRA_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define COBRA_LANES 16
-#define COBRA_ROWS 8
+#define COBRA_VECTORS 4
 #include "merge_tile.h"
 #endif
 
@@ -124,7 +134,7 @@ void merge_sites(const Site* sites, int64_t count, double* statistics, int64_t t
         tiles.push_back({site, row, std::min(TILE_ROWS, site->rows - row), column, std::min(step, site->columns - column)});
     ends.push_back(int64_t(tiles.size()));
     right_size = std::max(right_size, site->rank * step);
-    left_size = std::max(left_size, site->rank * MOST_ROWS);
+    left_size = std::max(left_size, site->rank * ROWS);
   }
   std::vector<float> scratch(size_t(std::max<int64_t>(threads, 1) * (right_size + left_size)));
   std::vector<double> sums(statistics ? tiles.size() * SUMS : 0);

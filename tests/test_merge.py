@@ -297,7 +297,7 @@ def test_the_report_does_not_depend_on_the_workspace():
     for whole, pieces in zip(*(report.sites for report in reports), strict=True):
         assert (whole.name, whole.rank) == (pieces.name, pieces.rank)
         for key in ("delta_norm", "weight_norm", "rounding_loss"):
-            assert getattr(pieces, key) == pytest.approx(getattr(whole, key), rel=1e-12)
+            assert getattr(pieces, key) == pytest.approx(getattr(whole, key), rel=1e-6)
 
 
 def test_a_model_merges_in_one_launch_by_default(monkeypatch):

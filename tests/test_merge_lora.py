@@ -136,6 +136,7 @@ GROUP_SHAPES = {  # K, N, r
     "several tiles": (600, 400, 16),
     "r = 65": (70, 40, 65),
     "r = 512": (40, 30, 512),
+    "r = 1024, whole blocks": (192, 32, 1024),
     "r = 1024": (40, 30, 1024),
 }
 
@@ -224,7 +225,7 @@ def test_group_of_any_shape(shape, layout, dtype, seed):
     merged, statistics = merge_lora_group([item])
     expected, sums = merge_lora_group_ref([item])
     assert torch.equal(merged[0], expected[0])
-    torch.testing.assert_close(statistics, sums, rtol=1e-12, atol=0)
+    torch.testing.assert_close(statistics, sums, rtol=1e-6, atol=0)
 
 
 def test_result_lies_as_the_weight_does():
@@ -284,9 +285,30 @@ def test_statistics(dtype, level):
     for item, result, row in zip(items, merged, statistics, strict=True):
         delta, weight = item.lora_B.double() @ item.lora_A.double(), item.weight.double()
         lost = result.double() - weight - delta
-        assert row.tolist() == pytest.approx([t.square().sum().item() for t in (delta, weight, lost)], rel=1e-12, abs=0)
+        assert row.tolist() == pytest.approx([t.square().sum().item() for t in (delta, weight, lost)], rel=1e-6, abs=0)
         assert dtype == torch.float64 or row[2] > 0
     assert merge_lora_group(items, statistics=False)[1] is None
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e25])
+def test_statistics_beyond_the_squares_of_fp32(scale, level):
+    """Weights of 1e-22 and 1e25 have squares that fp32 does not hold."""
+    item = make_item(70, 60, 5)
+    item = MergeItem(item.weight * scale, item.lora_A, item.lora_B * scale)
+    _, statistics = merge_lora_group([item])
+    torch.testing.assert_close(statistics[:, :2], merge_lora_group_ref([item])[1][:, :2], rtol=1e-5, atol=0)
+    assert 0 < statistics[0, 2] < float("inf")
+
+
+def test_small_updates_of_large_weights(level):
+    """What rounding loses is told to three digits where the update is 1e-4 of the weight, or less than its last bit."""
+    for dtype, size in [(torch.float32, 1e-4), (torch.float32, 1e-8), (torch.bfloat16, 1e-4), (torch.float16, 1e-6)]:
+        item = make_item(200, 120, 4, dtype=dtype)
+        item = MergeItem(item.weight, item.lora_A, item.lora_B * size)
+        (merged,), statistics = merge_lora_group([item])
+        delta = item.lora_B.double() @ item.lora_A.double()
+        lost = merged.double() - item.weight.double() - delta
+        assert statistics[0, 2].item() == pytest.approx(lost.square().sum().item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -345,14 +367,14 @@ def test_group_without_extension(without_extension):
 
 @needs_extension
 def test_torch_takes_what_the_extension_does_not(monkeypatch):
-    """fp64, ranks above MAX_RANK and views without neighbours, among others in one call."""
+    """fp64 and views without neighbours, among others in one call."""
     spread = torch.randn(26, 34)[::2, ::2]
-    items = [make_item(33, 21, 3), make_item(33, 21, 3, dtype=torch.float64), make_item(4, 6, MODULE.MAX_RANK + 1)]
+    items = [make_item(33, 21, 3), make_item(33, 21, 3, dtype=torch.float64)]
     items += [MergeItem(spread, torch.randn(2, 17), torch.randn(13, 2)), make_item(33, 21, 3, seed=1)]
     taken = []
     monkeypatch.setattr(MODULE, "merge_lora", lambda *args: taken.append(args[0]) or merge_lora(*args))
     merged, statistics = merge_lora_group(items)
-    assert [id(w) for w in taken] == [id(items[i].weight) for i in (1, 2, 3)]
+    assert [id(w) for w in taken] == [id(items[i].weight) for i in (1, 2)]
     assert_within_budget(merged[1], merge_torch(items)[1], merge_oracle(items)[1])
     torch.testing.assert_close(statistics[:, :2], merge_lora_group_ref(items)[1][:, :2], rtol=1e-5, atol=0)
 
