@@ -30,3 +30,8 @@ def warnings_told() -> Iterator[None]:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_, **__: typer.echo(f"warning: {message}", err=True)
         yield
+
+
+def note(text: str) -> None:
+    """A line on the error stream for what is worth knowing and nothing to worry about."""
+    typer.echo(f"note: {text}", err=True)

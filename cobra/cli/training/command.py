@@ -43,7 +43,7 @@ def train(
             newest = RunFolder(settings.out).newest()
             saved = "no checkpoint yet" if newest is None else f"the last checkpoint is of step {step_of(newest):,}"
             if isinstance(end, Fault):
-                typer.echo(f"error: {end}\n{saved}; to go on: {go_on}", err=True)
+                typer.echo(f"error: {end}\n{saved}" + (f"; to go on: {go_on}" if end.passing else ""), err=True)
                 raise typer.Exit(FAULT) from end
             there = (Path(settings.out) / "config.yaml").is_file()
             typer.echo(f"{end}: {saved}; to go on: {go_on}" if there else f"{end}: nothing was written yet", err=True)

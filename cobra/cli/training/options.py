@@ -78,7 +78,7 @@ def _parameter(each: Field, expected: Any, argument: bool) -> inspect.Parameter:
 def _help(each: Field) -> str:
     words, choices, default = each.metadata["help"], each.metadata.get("choices"), _default(each)
     words += f" ({', '.join(choices)})" if choices else ""
-    shown = "" if default in (None, (), {}, False) else f" \\[{default}]"
+    shown = "" if default in (None, (), {}) or default is False else f" \\[{default}]"
     return words + shown
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import platform
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +19,7 @@ from transformers import PrinterCallback, TrainingArguments
 import cobra
 from cobra import Budget, LayerScores, storage
 from cobra.checkpoint import KIND
+from cobra.cli.shell import note
 from cobra.cli.training import folder as names
 from cobra.cli.training.configfile import write_config
 from cobra.cli.training.evaluation import evaluate
@@ -37,7 +37,14 @@ from cobra.sites import block_of, find_sites
 
 
 class Fault(Exception):
-    """Something went wrong that is no input's fault, or shows only in training."""
+    """Something went wrong that is no input's fault, or shows only in training.
+
+    passing: whether the same run may go on where it ended, once its cause is gone
+    """
+
+    def __init__(self, message: str, passing: bool = True):
+        super().__init__(message)
+        self.passing = passing
 
 
 @dataclass
@@ -71,7 +78,9 @@ def run_training(settings: TrainSettings, resume: bool, interruption: Interrupti
         _check_same_data(folder, subject)
     try:
         return _run(settings, subject, config, folder, stages, interruption)
-    except (OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
+    except FloatingPointError as error:
+        raise Fault(str(error), passing=False) from error
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
         raise Fault(str(error)) from error
 
 
@@ -86,10 +95,10 @@ def _run(
     write_config(folder / names.CONFIG, settings)
     record = _record(settings, subject, config)
     storage.write_json(folder / names.RUN, record)
-    for note in subject.notes:
-        warnings.warn(note, stacklevel=2)
     with stages.of("fit the head"):
-        head = fit_head(subject)
+        notes = [*filter(None, (*subject.notes, fit_head(subject)))]
+    for text in notes:
+        note(text)
     test = subject.batches(subject.test, settings.eval_batch_size)
     with stages.of("evaluate before"):
         before = _before(folder, subject, test)
@@ -118,9 +127,8 @@ def _run(
         "ranks": adapter.plan.total,
         "layers": {"all": len(adapter.plan.ranks), "without rank": sum(not r for r in adapter.plan.ranks.values())},
         "parameters": adapter.trainable_parameters(),
-        "head": head,
         "path residual": None if scores is None else scores.completeness.path,
-        "notes": list(subject.notes),
+        "notes": notes,
     }
     if settings.merge:
         with stages.of("merge"):
@@ -218,7 +226,7 @@ def _train(
         with interruption.deferred():
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
     except ValueError as error:
-        raise Fault(str(error)) from error
+        raise Fault(str(error), passing=False) from error
     finally:
         recorder.close()
     return recorder.bad_steps
@@ -250,6 +258,7 @@ def _arguments(settings: TrainSettings, subject: Subject, folder: RunFolder, ste
         report_to="none",
         save_strategy="no",
         logging_strategy="no",
+        logging_nan_inf_filter=False,
         remove_unused_columns=False,
     )
 

@@ -18,7 +18,7 @@ def summary(result: dict) -> Table:
         ("adapter parameters", f"{result['parameters']:,}"),
         ("path integral misses", "" if result["path residual"] is None else f"{result['path residual']:.1%}"),
         ("steps skipped, gradients not finite", f"{result['bad_steps']:,}"),
-        ("seconds", ", ".join(f"{stage} {value:.0f}" for stage, value in result["seconds"].items())),
+        ("seconds", ", ".join(f"{stage} {value:.0f}" for stage, value in result["seconds"].items() if value >= 0.5)),
     ):
         if value:
             table.add_row(name, "", value)

@@ -26,8 +26,10 @@ def labelled_rows(
     examples: Sequence[Example], labels: Sequence[int] | Sequence[float], tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> list[Row]:
     """Texts, or pairs of them, with their labels."""
+    if not examples:
+        return []
     texts = [example.text for example in examples]
-    pairs = [example.second for example in examples] if examples and examples[0].second is not None else None
+    pairs = [example.second for example in examples] if examples[0].second is not None else None
     found = tokenizer(texts, pairs, truncation=True, max_length=longest)
     columns = {key: values for key, values in found.items() if key in ("input_ids", "attention_mask", "token_type_ids")}
     return [{**{key: values[i] for key, values in columns.items()}, "labels": label} for i, label in enumerate(labels)]

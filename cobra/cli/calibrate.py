@@ -1,0 +1,80 @@
+"""`cobra calibrate`: measures the layers of a model on a table, for `cobra plan`, `cobra train --scores` and other trainers."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from cobra.cli.shell import explained, note, warnings_told
+from cobra.cli.training.options import given_settings, with_options
+from cobra.cli.training.settings import AVERAGE_RANK, CalibrateSettings
+
+
+@with_options(CalibrateSettings, "model", "data")
+def calibrate(
+    given: dict[str, Any],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Scores of every layer: how much it contributes, and how much it wants to change.
+
+    For a bare encoder a head is fitted first, as `cobra train` does.
+    """
+    with explained(), warnings_told():
+        settings = CalibrateSettings(**given_settings(given, CalibrateSettings))
+        found = run_calibration(settings)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table(
+        Column("layer", overflow="fold"),
+        "contribution",
+        "gradient",
+        "prior",
+        title=f"{found['model']}, {found['examples']:,} rows",
+    )
+    for layer in found["layers"]:
+        table.add_row(layer["name"], f"{layer['contribution']:.3g}", f"{layer['gradient']:.3g}", f"{layer['prior']:.2%}")
+    Console().print(table)
+    typer.echo(
+        f"Along the path the attributions miss F(x) - F(x0) by {found['completeness']['path']:.1%}.\n"
+        f"{found['scores']}; ranks from it: {found['plan']}"
+    )
+
+
+def run_calibration(settings: CalibrateSettings) -> dict:
+    """Writes the scores and returns them as plain values. Raises FileNotFoundError and ValueError for what does not fit."""
+    import cobra
+    from cobra.cli.training.prepare import fit_head, prepare
+
+    subject = prepare(settings)
+    for text in filter(None, (*subject.notes, fit_head(subject))):
+        note(text)
+    scores = cobra.calibrate(
+        subject.model,
+        subject.batches(subject.train[: settings.examples], settings.calibration_batch_size),
+        steps=settings.steps,
+        estimator=settings.estimator,
+        baseline=settings.baseline,
+        granularity=settings.granularity,
+        max_examples=settings.examples,
+    )
+    scores.save(settings.out)
+    columns = (scores.sites, scores.conductance.tolist(), scores.gradient.tolist(), scores.prior.tolist())
+    names = ("name", "contribution", "gradient", "prior")
+    return {
+        "scores": settings.out,
+        "model": subject.words,
+        "task": subject.task,
+        "examples": scores.settings["examples"],
+        "completeness": asdict(scores.completeness),
+        "unused": scores.unused,
+        "layers": [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)],
+        "plan": shlex.join(["cobra", "plan", settings.out, "--budget", str(AVERAGE_RANK * len(scores.sites))]),
+    }
