@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from cobra.batch import Batch, model_device
 from cobra.deploy.cost import WORKSPACE, MergeSchedule, SiteShape, merge_schedule
 from cobra.lora import LoraLayer
+from cobra.notebook import folded_table
 from cobra.sites import Site, is_conv1d, linear_weight
 from cobra_kernels.merge_lora import MergeItem, merge_lora_group
 
@@ -64,6 +66,12 @@ class MergeReport:
 
         return pandas.DataFrame([vars(site) for site in self.sites])
 
+    def plot(self, path: Path | str | None = None):
+        """Size of every update and what rounding lost of it (needs matplotlib)."""
+        from cobra.report.plots.merge import merge_updates
+
+        return merge_updates(self, path)
+
     def __repr__(self) -> str:
         kept = f", {len(self.kept)} stay unmerged" if self.kept else ""
         moved = "" if self.logit_difference is None else f", outputs moved by at most {self.logit_difference:.1e}"
@@ -71,6 +79,9 @@ class MergeReport:
         return (
             f"MergeReport({merged} layers, at most {self.worst_rounding_loss:.1e} of an update lost to rounding{kept}{moved})"
         )
+
+    def _repr_html_(self) -> str:
+        return folded_table(self, self.table())
 
 
 @dataclass(frozen=True)
@@ -130,6 +141,8 @@ def _shape(item: MergeItem) -> SiteShape:
 
 def _merge_in_chunks(items: Sequence[MergeItem], schedule: MergeSchedule) -> tuple[list[Tensor], Tensor]:
     """As `merge_lora_group`, a launch a chunk."""
+    if len(schedule.chunks) == 1:
+        return merge_lora_group(items)
     index = {item.name: i for i, item in enumerate(items)}
     merged = [torch.empty_like(item.weight) for item in items]
     statistics = torch.zeros(len(items), 3, dtype=torch.float64, device="cpu")

@@ -16,6 +16,7 @@ from torch import Tensor
 from cobra import storage
 from cobra.budget import Allocation, Budget, allocate
 from cobra.config import CHOICES
+from cobra.notebook import folded_table
 from cobra.prior import fuse, prior_logits
 from cobra.scores import LayerScores
 
@@ -192,6 +193,9 @@ class RankPlan:
             f"RankPlan({self.total} ranks over {len(ranks)} groups, {min(ranks, default=0)} to {max(ranks, default=0)} each, "
             f"{self.parameters:,} parameters)"
         )
+
+    def _repr_html_(self) -> str:
+        return folded_table(self, self.table())
 
 
 def provenance(source: str, budget: Budget, allocation: Allocation) -> dict:

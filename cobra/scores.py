@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cobra import storage
+from cobra.notebook import folded_table
 from cobra.prior import fuse
 
 KIND = "layer scores"
@@ -136,6 +137,16 @@ class LayerScores:
             _directions(path, tensors, meta),
         )
 
+    def table(self) -> str:
+        """One line a group: contribution φ, gradient Γ, their product's share π."""
+        width = max([len(name) for name in self.sites] + [4])
+        lines = [f"{'site':<{width}}  contribution  gradient    prior"]
+        for name, phi, gamma, pi in zip(
+            self.sites, self.conductance.tolist(), self.gradient.tolist(), self.prior.tolist(), strict=True
+        ):
+            lines.append(f"{name:<{width}}  {phi:>12.3g}  {gamma:>8.3g}  {pi:>7.2%}")
+        return "\n".join(lines)
+
     def to_dataframe(self):
         """One row a group: site, conductance, gradient, prior (needs pandas)."""
         import pandas
@@ -155,6 +166,9 @@ class LayerScores:
             f"LayerScores({len(self.sites)} {s['granularity']}s, {s['estimator']} over {s['steps']} {s['quadrature']} points, "
             f"{s['examples']} examples, correlation {self.correlation:.2f}, path residual {self.completeness.path:.1%})"
         )
+
+    def _repr_html_(self) -> str:
+        return folded_table(self, self.table())
 
 
 def _directions(path: Path | str, tensors: dict[str, Tensor], meta: dict) -> dict[str, Tensor]:
