@@ -56,4 +56,4 @@ def train(
     from cobra.cli.training.summary import summary
 
     Console().print(summary(result))
-    typer.echo(result["report"])
+    typer.echo(result.get("report", result["run"]))

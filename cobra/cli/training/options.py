@@ -53,7 +53,7 @@ def command_line(name: str, settings: Any) -> list[str]:
             continue
         flag = _flag(each)
         if isinstance(value, bool):
-            words.append(flag)
+            words.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, dict):
             words += [word for key, v in value.items() for word in (flag, f"{key}={json.dumps(v)}")]
         elif isinstance(value, tuple):

@@ -116,7 +116,6 @@ def _run(
     storage.write_json(folder / "eval.json", {**after.to_dict(), "before": before})
     result = {
         "run": str(folder.path),
-        "report": str(folder / "report" / "index.html"),
         "model": subject.words,
         "task": subject.task,
         "rows": {"train": len(subject.train), "test": len(subject.test)},
@@ -134,8 +133,10 @@ def _run(
         with stages.of("merge"):
             result["merge"] = _merge(subject, adapter, folder, test[0])
     storage.write_json(folder / names.RUN, record | {"config": adapter.config.to_dict(), "seconds": stages.seconds})
-    with stages.of("report"):
-        write_report(folder.path)
+    if settings.report:
+        with stages.of("report"):
+            result["report"] = str(folder / "report" / "index.html")
+            write_report(folder.path)
     result["seconds"] = stages.seconds
     storage.write_json(folder / names.RESULT, result)
     return result

@@ -108,6 +108,7 @@ class TrainSettings(SubjectSettings):
     out: str = setting("runs/train", "Folder of the run: a new one, or with --resume one that is there.", free=True)
     layout: str = setting("compact", "Of the adapter; padded has one rank.", choices=("compact", "padded"), free=True)
     merge: bool = setting(False, "Writes the merged model too.", free=True)
+    report: bool = setting(True, "Writes the page of the run.", free=True)
     report_to: str | None = setting(None, "Curves while it trains, in OUT/tensorboard.", choices=("tensorboard",), free=True)
     save_every: int = setting(100, "Steps from checkpoint to checkpoint.", least=1, free=True)
     log_every: int = setting(10, "Steps from line to line of history.jsonl.", least=1, free=True)
