@@ -87,7 +87,7 @@ def backward(
             else:
                 g, gated_g, dz = launch.shrink(dy, packed_B, gates, rank_tile, wide, token_gates, h_of_dz)
             if per_token:
-                g, dgate = gated_g, dz
+                g, dgate = gated_g, dz if needs_gate else None
         if needs_sums:
             dB, partial = launch.columns(sums, lora_B.t(), gates, closed=True, with_dz=needs_gate and not per_token)
             dB = dB.t() if needs_B else None

@@ -1,6 +1,6 @@
 """What tests and benchmarks of the kernels share: operands, and the error budget that every fast path is held to."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -60,6 +60,31 @@ def _laid_out(values: Tensor, layout: Layout) -> Tensor:
         buffer[..., 2:-3] = values
         return buffer[..., 2:-3]
     return values
+
+
+def output_and_gradients(
+    function: Callable[..., Tensor], inputs: dict[str, Tensor], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """y of function(**inputs) and the gradient of every operand, `d` before its name, from one dy whatever the dtype."""
+    leaves = {name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in inputs.items()}
+    y = function(**leaves)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(99)).bfloat16().to(y.device, y.dtype)
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy)
+    return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def assert_all_within_budget(
+    fast: Callable[..., Tensor], ref: Callable[..., Tensor], draws: Sequence[dict[str, Tensor]], dtype: torch.dtype
+) -> None:
+    """Holds output and every gradient of `fast` to the budget of `assert_within_budget`; ref is plain torch, and the oracle."""
+
+    def results(function: Callable[..., Tensor], dtype: torch.dtype | None = None) -> dict[str, list[Tensor]]:
+        each = [output_and_gradients(function, inputs, dtype) for inputs in draws]
+        return {name: [result[name] for result in each] for name in each[0]}
+
+    found, plain, oracle = results(fast), results(ref, dtype), results(ref, torch.float64)
+    for name, value in found.items():
+        assert_within_budget(value, plain[name], oracle[name], dtype=dtype, name=name)
 
 
 def assert_within_budget(

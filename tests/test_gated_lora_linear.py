@@ -1,9 +1,11 @@
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cobra_kernels import gated_lora_linear, gated_lora_linear_ref, sample_gates
+from cobra_kernels import gated_lora_linear, gated_lora_linear_ref, sample_gates, testing
 from cobra_kernels.testing import assert_within_budget, make_inputs
 
 SCALING = 1.7
@@ -26,12 +28,7 @@ MIDDLE = ((2, 5), 12, 16, 6)
 
 
 def output_and_gradients(function, inputs, dtype=None):
-    """y and the gradient of every operand, from one output gradient that does not depend on the dtype."""
-    leaves = {name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in inputs.items()}
-    y = function(**leaves, scaling=SCALING)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(99)).bfloat16().to(y.dtype)
-    gradients = torch.autograd.grad(y, list(leaves.values()), dy)
-    return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+    return testing.output_and_gradients(partial(function, scaling=SCALING), inputs, dtype)
 
 
 def draws(*shape, **options):
@@ -39,16 +36,8 @@ def draws(*shape, **options):
 
 
 def assert_all_within_budget(several, dtype):
-    """Holds output and gradients to the budget, over several draws of the operands."""
-
-    def results(function, dtype=None):
-        each = [output_and_gradients(function, inputs, dtype) for inputs in several]
-        return {name: [result[name] for result in each] for name in each[0]}
-
-    fast, ref = results(gated_lora_linear), results(gated_lora_linear_ref, dtype)
-    oracle = results(gated_lora_linear_ref, torch.float64)
-    for name, value in fast.items():
-        assert_within_budget(value, ref[name], oracle[name], dtype=dtype, name=name)
+    fast, ref = partial(gated_lora_linear, scaling=SCALING), partial(gated_lora_linear_ref, scaling=SCALING)
+    testing.assert_all_within_budget(fast, ref, several, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

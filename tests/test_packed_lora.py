@@ -1,15 +1,14 @@
 import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import interpreted_copy
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-import cobra_kernels
 from cobra_kernels.packed_lora import packed_lora, packed_lora_, packed_lora_ref, segment_tokens
 from cobra_kernels.testing import assert_within_budget, make_inputs
 
@@ -52,17 +51,7 @@ def widened(operands):
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """A copy of the Triton module whose kernels are interpreted, beside the one that other tests compile."""
-    triton = pytest.importorskip("triton", minversion="3.7", reason="older interpreters do not run on numpy 2.4")
-    path = Path(cobra_kernels.__file__).with_name("packed_lora_triton.py")
-    spec = importlib.util.spec_from_file_location("interpreted_packed_lora_triton", path)
-    copy = importlib.util.module_from_spec(spec)
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
-        sys.modules[spec.name] = copy
-        spec.loader.exec_module(copy)
-    yield copy
-    del sys.modules[spec.name]
+    return interpreted_copy("packed_lora_triton")
 
 
 @pytest.fixture
