@@ -105,7 +105,7 @@ class Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.tags, self.text, self.open, self.unbalanced = [], [], [], []
         self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
+        self.feed(self.source.replace("<wbr>", ""))
         self.close()
 
     def handle_starttag(self, tag, attributes):

@@ -21,8 +21,8 @@ from cobra.report.sections import sections
 
 pytestmark = pytest.mark.filterwarnings("ignore:the path integral misses", "ignore:baseline")
 
-FIGURES = ("ranks", "prior_posterior", "gates", "factors", "elbo", "search", "gate_trajectories", "reliability")
-TABLES = ("metrics", "merge", "completeness", "settings", "fingerprints")
+FIGURES = ("ranks", "prior_posterior", "gates", "factors", "elbo", "search", "gate_trajectories", "reliability", "merge")
+TABLES = ("metrics", "completeness", "settings", "fingerprints")
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_values_equal_the_objects(trained):
     expected = [(g, k, row["step"], p) for row in recorded for g, values in row["gates"].items() for k, p in enumerate(values)]
     found = [(r["group"], int(r["gate"]), int(r["step"]), float(r["probability"])) for r in rows(out / "gate_trajectories.csv")]
     assert found == expected and len({step for _, _, step, _ in found}) == 3
-    lost = [float(r["share of the update lost to rounding"]) for r in rows(out / "merge.csv")]
+    lost = [float(r["lost to rounding"]) for r in rows(out / "merge.csv")]
     assert lost == [s["rounding_loss"] for s in json.loads((folder / "merge.json").read_text())["sites"]]
     assert [int(r["examples"]) for r in rows(out / "reliability.csv")] == [40, 60]
     assert float(rows(out / "completeness.csv")[0]["value"]) == scores.completeness.path

@@ -37,6 +37,7 @@ def drawn(run) -> dict:
         "trajectories": plots.gate_trajectories(run.gates, run.plan, CUT),
         "series": plots.series_panels({"nll": ([0, 1, 2], [3.0, 2.0, 1.0])}, CUT),
         "reliability": plots.reliability(run.bins),
+        "merge": plots.merge_updates(run.merge),
     }
 
 

@@ -70,7 +70,8 @@ def table(content: Table, caption: str) -> str:
     )
     lines = []
     for row in shown:
-        cells = [f'<th scope="row"{_class("number" * numeric[0])}>{escape(number(row[0]))}</th>']
+        name = escape(number(row[0])) if numeric[0] else escape(str(row[0])).replace(".", ".<wbr>")
+        cells = [f'<th scope="row"{_class("number" * numeric[0])}>{name}</th>']
         cells += [f"<td{_class('number' * r)}>{_cell(v)}</td>" for v, r in zip(row[1:], numeric[1:], strict=True)]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     if len(content.rows) > len(shown):

@@ -101,13 +101,13 @@ def _exhibit(exhibit: Exhibit, folder: Path) -> str:
         kinds = ["png", "svg", "csv"]
         inline = inline_svg(svg, name, f"{exhibit.title}. {exhibit.caption}")
         drawing = f'<div class="wide" tabindex="0" role="group" aria-label="{title}, figure">{inline}</div>\n'
-        drawing += f"<figcaption>{escape(exhibit.caption)}</figcaption>\n"
+    caption = f"<figcaption>{escape(exhibit.caption)}</figcaption>\n" if exhibit.caption else ""
     rows = table(exhibit.rows, exhibit.title)
     if drawing or len(exhibit.rows.rows) > MOST_UNFOLDED:
         rows = f"<details><summary>As a table, {count(len(exhibit.rows.rows), 'row')}</summary>{rows}</details>"
     links = ", ".join(f'<a href="{name}.{kind}">{kind.upper()}</a>' for kind in kinds)
     return (
-        f'<figure aria-labelledby="{name}-title">\n<h3 id="{name}-title">{title}</h3>\n{drawing}{rows}\n'
+        f'<figure aria-labelledby="{name}-title">\n<h3 id="{name}-title">{title}</h3>\n{drawing}{caption}{rows}\n'
         f'<p class="files">Beside this page: {links}</p>\n</figure>'
     )
 

@@ -188,7 +188,9 @@ def _merge(run: Run) -> Iterator[str | Exhibit]:
     if run.merge.logit_difference is not None:
         text += f" Outputs on the probe batch moved by at most {run.merge.logit_difference:.1e}."
     yield paragraph(text + (f" Unmerged: {', '.join(kept)}." if kept else ""))
-    yield Exhibit("merge", "Merge report", "", tables.merge(run.merge))
+    caption = "Size of each layer's update beside its weight (Frobenius norms), and the share of the update lost to rounding."
+    figure = plots.merge_updates(run.merge) if sites else None
+    yield Exhibit("merge", "Merge report", caption, tables.merge(run.merge), figure)
 
 
 def _calibration(run: Run) -> Iterator[str | Exhibit]:
@@ -201,7 +203,8 @@ def _calibration(run: Run) -> Iterator[str | Exhibit]:
         f"promises a small number there, and this is “{scores.settings['estimator']}”. F changes by {number(c.change)} on "
         "average."
     )
-    yield Exhibit("completeness", "Residuals and settings", "", tables.completeness(scores))
+    caption = "Residuals are shares of the mean change of F; steps are points of the path."
+    yield Exhibit("completeness", "Residuals and settings", caption, tables.completeness(scores))
     if scores.unused:
         yield Exhibit("unused", "Layers without a score", "", Table(("layer", "reason"), list(scores.unused.items())))
 

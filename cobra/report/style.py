@@ -78,8 +78,8 @@ th,td{padding:.2rem 1rem .2rem 0;text-align:left;border-bottom:1px solid var(--l
 thead th{position:sticky;top:0;background:var(--surface);vertical-align:bottom}
 tbody th{font-weight:400;overflow-wrap:break-word;max-width:24rem}
 .number{text-align:right;white-space:nowrap}
-thead .number{white-space:normal}
+thead .number{white-space:normal;min-width:4.5rem}
 @media (max-width:34rem){main{padding:1.25rem .75rem 3rem}figure{padding:.6rem}tbody th{max-width:14rem}}
 @media print{body,.wide,.table{background:none}details,nav{display:none}figure,.cards section{break-inside:avoid}
-h2,h3,section>p{break-after:avoid}svg{min-width:0!important;max-height:21cm}.wide,.table{overflow:visible}}
+h2,h3,section>p{break-after:avoid}p{break-inside:avoid}svg{min-width:0!important;max-height:21cm}.wide,.table{overflow:visible}}
 """

@@ -14,13 +14,17 @@ from cobra.scores import LayerScores
 
 
 def ranks(plan: RankPlan) -> Table:
+    """A row a layer, and its group where groups are more than one layer."""
+    header = ["layer", "rank", "gates", "least kept", "best dropped", "parameters of a rank"]
     rows = []
     for site in plan.sites:
         kept = set(site.kept)
         least = min((site.posterior[k] for k in site.kept), default=None)
         best = max((p for k, p in enumerate(site.posterior) if k not in kept), default=None)
         rows += [(member, site.rank, len(site.posterior), least, best, site.cost, site.name) for member in site.members]
-    return Table(("layer", "rank", "gates", "least kept", "best dropped", "parameters of a group's rank", "group"), rows)
+    if all(row[0] == row[-1] for row in rows):
+        return Table(tuple(header), [row[:-1] for row in rows])
+    return Table((*header, "group"), rows)
 
 
 def prior(scores: LayerScores, plan: RankPlan, fusion: str) -> Table:
@@ -109,8 +113,7 @@ def merge(report: MergeReport) -> Table:
     for s in report.sites:
         share = s.delta_norm / s.weight_norm if s.weight_norm else None
         rows.append((s.name, s.rank, s.delta_norm, s.weight_norm, share, s.rounding_loss, s.merged))
-    norms = ("‖update‖", "‖weight‖", "‖update‖ / ‖weight‖")
-    return Table(("layer", "rank", *norms, "share of the update lost to rounding", "merged"), rows)
+    return Table(("layer", "rank", "‖update‖", "‖weight‖", "‖update‖ / ‖weight‖", "lost to rounding", "merged"), rows)
 
 
 def completeness(scores: LayerScores) -> Table:
