@@ -120,7 +120,7 @@ def test_slips(tmp_path, text, message):
     """The file and the key are named, and the nearest one offered."""
     path = tmp_path / "c.yaml"
     path.write_text(text, encoding="utf-8")
-    given = {} if "data:" in text else {"data": "reviews"}
+    given = {} if text.startswith("data:") else {"data": "reviews"}
     with pytest.raises(ValueError) as raised:
         settle({"model": "minilm", "out": str(tmp_path / "r"), **given}, path, resume=False)
     assert message in str(raised.value)
