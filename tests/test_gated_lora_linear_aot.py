@@ -1,0 +1,92 @@
+"""Every Triton kernel of `gated_lora_linear`, compiled for A100 and H100 without either: it fits, and stays in registers."""
+
+from itertools import product
+
+import pytest
+
+aot = pytest.importorskip("aot", reason="triton is not installed")
+products = pytest.importorskip("cobra_kernels.gated_lora_linear_triton", reason="triton is not installed")
+small = pytest.importorskip("cobra_kernels.gated_lora_small_triton", reason="triton is not installed")
+configs = pytest.importorskip("cobra_kernels.gated_lora_configs")
+
+TILES = (16, 32, 64)
+FLOATS = ("sums_ptr", "g_ptr", "planes_ptr", "partial_ptr", "z_ptr", "temperature_ptr", "gate_ptr", "dz_ptr")
+TYPES = dict.fromkeys(FLOATS, "*fp32") | {"source_ptr": "*i32", "extent_ptr": "*i32", "scaling": "fp32"}
+# strides that are 1 where rows are dense: of x and of the frozen weight, as the forward and as the backward reads it
+FORWARD, BACKWARD = ("stride_xk", "stride_wk"), ("stride_xk", "stride_wn")
+
+
+def case(name, kernel, config, operands, dtype, arch, *, units=(), constants=(), slow=False):
+    """units: strides that are 1, in a layer whose sizes are multiples of 16; without any, nothing is known of either"""
+    tiles = "x".join(str(size) for field, size in vars(config).items() if field not in ("num_warps", "num_stages"))
+    marks = [pytest.mark.slow] if slow else []
+    constants = dict.fromkeys(units, 1) | dict(constants)
+    types = TYPES | dict.fromkeys(operands, f"*{dtype}")
+    return pytest.param(
+        kernel, config, types, constants, arch, bool(units), id=f"{name}-{tiles}-{dtype}-sm_{arch}", marks=marks
+    )
+
+
+def shrinks(arch):
+    operands = ("x_ptr", "p_ptr", "h_ptr")
+    for M, tile in product((16, 8192), TILES):
+        config = configs.pick_shrink_config(M, tile, True)
+        yield case("shrink", products._shrink_kernel, config, operands, "bf16", arch, units=("stride_xk",), slow=tile == 32)
+    for M, dtype in product((16, 8192), ("fp32", "fp16")):
+        config = configs.pick_shrink_config(M, 16, False)
+        yield case("narrow-shrink", products._shrink_kernel, config, operands, dtype, arch, slow=dtype == "fp16")
+
+
+def bases(arch):
+    operands, bias = ("x_ptr", "w_ptr", "h_ptr", "f_ptr", "bias_ptr", "y_ptr"), {"HAS_BIAS": True}
+    for (M, N), tile, (way, units) in product(
+        ((16, 4096), (64, 4096), (1024, 1024), (8192, 4096)), (16, 64), {"forward": FORWARD, "backward": BACKWARD}.items()
+    ):
+        config, slow = configs.pick_base_config(M, N, tile, True, arch), (way == "forward") != (tile == 16)
+        yield case(f"{way}-base", products._base_kernel, config, operands, "bf16", arch, units=units, constants=bias, slow=slow)
+    for M, dtype in product((16, 8192), ("fp32", "fp16")):
+        config, slow = configs.pick_base_config(M, 4096, 16, False, arch), dtype == "fp16"
+        yield case("narrow-base", products._base_kernel, config, operands, dtype, arch, constants=bias, slow=slow)
+
+
+def tokens(arch):
+    operands = ("x_ptr", "h_ptr", "p_ptr")
+    for tile, with_g in ((16, True), (32, True), (16, False), (32, False), (64, False)):
+        config, constants = configs.pick_tokens_config(tile, True), {"CLOSED": 1, "WITH_G": with_g}
+        name = "tokens-with-g" if with_g else "tokens"
+        yield case(name, products._tokens_kernel, config, operands, "bf16", arch, units=("stride_xn",), constants=constants)
+    for dtype in ("fp32", "fp16"):
+        config, constants = configs.pick_tokens_config(16, False), {"CLOSED": 1, "WITH_G": True}
+        yield case(
+            "narrow-tokens", products._tokens_kernel, config, operands, dtype, arch, constants=constants, slow=dtype == "fp16"
+        )
+
+
+def without_products(arch):
+    config = configs.SmallConfig()
+    for tile in TILES:
+        rows, flags = configs.pick_rows_config(tile), {"GATED": True, "WITH_DZ": True}
+        yield case("rows", products._rows_kernel, rows, ("h_ptr", "out_ptr", "gated_ptr"), "bf16", arch, constants=flags)
+    for kind in ("open", "given", "sampled", "known"):
+        constants = {"GATES": kind, "KEEP_CLOSED": True, "FOLD_A": kind == "known", "BLOCK_R": 32}
+        types = ("a_ptr", "b_ptr", "packed_a_ptr", "packed_b_ptr")
+        yield case(f"fold-{kind}", small._fold_kernel, config, types, "fp32", arch, constants=constants)
+    constants = {"CLOSED": 1, "WITH_DZ": True}
+    yield case("columns", small._columns_kernel, config, ("small_ptr", "out_ptr"), "fp32", arch, constants=constants)
+
+
+CASES = [case for arch in aot.SHARED_MEMORY for family in (shrinks, bases, tokens, without_products) for case in family(arch)]
+
+
+@pytest.mark.parametrize(("kernel", "config", "types", "constants", "arch", "wide"), CASES)
+def test_fits_and_does_not_spill(kernel, config, types, constants, arch, wide, tmp_path):
+    constants = constants | vars(config)
+    options = {field: constants.pop(field) for field in ("num_warps", "num_stages")}
+    aot.assert_fits(kernel, types, constants, arch, tmp_path, aligned=wide, tensor_cores=wide, **options)
+
+
+@pytest.mark.parametrize("arch", aot.SHARED_MEMORY)
+def test_gradient_of_the_gates_fits(arch, tmp_path):
+    constants = {"SAMPLED": True, "ROWS": configs.SmallConfig().ROWS}
+    options = {"aligned": True, "tensor_cores": False, "num_warps": 4, "num_stages": 1}
+    aot.assert_fits(small._dz_kernel, TYPES, constants, arch, tmp_path, **options)
