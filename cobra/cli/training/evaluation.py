@@ -20,7 +20,7 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: the task's own first; bins: of the reliability diagram, none for regression"""
+    """metrics: the task's own first, those that are not finite left out; bins: of the reliability diagram"""
 
     metrics: dict[str, float | int]
     bins: list[Bin]
@@ -31,19 +31,20 @@ class Evaluation:
 
 def evaluate(model: nn.Module, batches: Sequence[dict[str, Tensor]], task: str, what: str) -> Evaluation:
     """In evaluation mode, which it is left in. `what`: for the progress bar."""
-    return (_numbers if task == "regression" else _choices)(model, batches, task, what)
+    metrics, bins = (_numbers if task == "regression" else _choices)(model, batches, task, what)
+    return Evaluation({name: value for name, value in metrics.items() if math.isfinite(value)}, bins)
 
 
-def _choices(model: nn.Module, batches: Sequence[dict[str, Tensor]], task: str, what: str) -> Evaluation:
+def _choices(model: nn.Module, batches: Sequence[dict[str, Tensor]], task: str, what: str) -> tuple[dict, list[Bin]]:
     """Of one class or token among several: log-probability of the right one, and whether the likeliest is right."""
     parts = [_confidence(logits, labels, task) for logits, labels in _outputs(model, batches, what)]
     nll, confidence, right = (torch.cat(values) for values in zip(*parts, strict=True))
     bins = _bins(confidence, right)
     mean, share, error = nll.mean().item(), right.double().mean().item(), calibration_error(bins)
     if task == "causal-lm":
-        found = {"perplexity": math.exp(mean) if mean < 700 else math.inf, "nll": mean, "token accuracy": share}
-        return Evaluation({**found, "ece": error, "tokens": len(nll)}, bins)
-    return Evaluation({"accuracy": share, "nll": mean, "ece": error, "examples": len(nll)}, bins)
+        found = {"perplexity": math.exp(min(mean, 700)), "nll": mean, "token accuracy": share}
+        return {**found, "ece": error, "tokens": len(nll)}, bins
+    return {"accuracy": share, "nll": mean, "ece": error, "examples": len(nll)}, bins
 
 
 def _confidence(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +58,7 @@ def _confidence(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tens
     return nll.double().cpu(), (best.values - logits.logsumexp(-1)).exp().cpu(), (best.indices == labels).cpu()
 
 
-def _numbers(model: nn.Module, batches: Sequence[dict[str, Tensor]], task: str, what: str) -> Evaluation:
+def _numbers(model: nn.Module, batches: Sequence[dict[str, Tensor]], task: str, what: str) -> tuple[dict, list[Bin]]:
     pairs = [(logits[:, 0].double().cpu(), labels.double().cpu()) for logits, labels in _outputs(model, batches, what)]
     found, expected = (torch.cat(values) for values in zip(*pairs, strict=True))
     error = found - expected
@@ -68,7 +69,7 @@ def _numbers(model: nn.Module, batches: Sequence[dict[str, Tensor]], task: str, 
         "mae": error.abs().mean().item(),
         "examples": len(found),
     }
-    return Evaluation(metrics, [])
+    return metrics, []
 
 
 @torch.no_grad()
@@ -84,7 +85,9 @@ def _outputs(model: nn.Module, batches: Sequence[dict[str, Tensor]], what: str) 
 
 
 def _bins(confidence: Tensor, right: Tensor) -> list[Bin]:
-    """Of equal width; empty ones are left out."""
+    """Of equal width; empty ones are left out, and so are confidences that are no numbers."""
+    finite = confidence.isfinite()
+    confidence, right = confidence[finite], right[finite]
     number = (confidence * BINS).long().clamp(max=BINS - 1)
     found = []
     for i in number.unique().tolist():
