@@ -1,0 +1,339 @@
+"""`cobra train` as a shell calls it: every task, and whatever ends a run, it goes on with the same bits."""
+
+import json
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import peft
+import pyarrow
+import pytest
+import safetensors.torch
+import torch
+import transformers
+import yaml
+from models import tokenizer
+from pyarrow import parquet
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_cli_diagnose import ROWS, model_folder, written
+from test_storage import ended, kill_at, limit_file_size
+from typer.testing import CliRunner
+
+import cobra
+from cobra import storage
+from cobra.cli.app import app
+from cobra.cli.training.folder import RunFolder
+from cobra.integrations.transformers import CHECKPOINT
+from cobra.report.run import FILES, Run
+
+pytestmark = pytest.mark.filterwarnings("ignore:the path integral misses")
+
+QUICK = ("--steps", 10, "--batch-size", 4, "--calibration-steps", 4, "--calibration-examples", 4, "--no-report")
+ODD = ("--set", "dropout=0.1", "--weight-decay", 0.1, "--accumulation", 2, "--warmup-steps", 2)
+EVERY = ("--save-every", 3, "--log-every", 1)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["train", *map(str, arguments)])
+
+
+def done(*arguments) -> dict:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "classifier": model_folder(folder / "critic", "BertForSequenceClassification", initializer_range=0.1),
+        "encoder": model_folder(folder / "encoder", "BertModel", initializer_range=0.1),
+        "lm": model_folder(folder / "lm", "GPT2LMHeadModel", "gpt2", bos_token_id=101, eos_token_id=102),
+    }
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("data") / "texts.csv", ROWS * 5)
+
+
+@pytest.fixture
+def base(folders, texts):
+    """A run of 10 steps, 6 of them the search, with everything random that there is."""
+    return ("--model", folders["classifier"], "--data", texts, "--budget", 20, *QUICK, *ODD, *EVERY)
+
+
+def logits_of(model, texts) -> torch.Tensor:
+    batch = tokenizer()(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+# a whole run
+
+
+def test_run_folder(folders, texts, tmp_path):
+    """Every file that the report reads; an adapter that peft loads; a merged model that says the same."""
+    out = tmp_path / "r"
+    options = [option for option in QUICK if option != "--no-report"]
+    result = run("--model", folders["classifier"], "--data", texts, "--budget", 20, *options, "--merge", "--out", out)
+    assert result.exit_code == 0 and result.stderr == "", result.output
+    assert "critic, classification, 10 steps" in result.stdout and result.stdout.rstrip().endswith("index.html")
+    found = Run.load(out)
+    assert not found.missing and set(found.files) == set(FILES) and found.cut == 7
+    assert found.plan.total == 20 and [row["step"] for row in found.history] == [1, 6, 10]
+    assert [*found.gates] == [0, 6] and found.metrics["examples"] == 2
+    assert "Gates over training" in (out / "report" / "index.html").read_text(encoding="utf-8")
+    settings = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert settings["command"][:4] == ["cobra", "train", "--model", str(folders["classifier"])]
+    assert settings["config"]["rank_budget"]["amount"] == 20 and settings["versions"]["torch"] == torch.__version__
+    assert yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))["batch_size"] == 4
+
+    sentences = [text for text, _ in ROWS]
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(out / "merged")
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(folders["classifier"])
+    adapted = peft.PeftModel.from_pretrained(plain, str(out / "adapter"))
+    torch.testing.assert_close(logits_of(adapted, sentences), logits_of(merged, sentences))
+    assert transformers.AutoTokenizer.from_pretrained(out / "merged").vocab_size == tokenizer().vocab_size
+    assert {path.name for path in out.rglob("*") if path.suffix in {".pt", ".pth", ".bin", ".pkl"}} == set()
+
+
+def test_json_and_a_finished_run(base, tmp_path):
+    """One object and nothing else; a run that is finished says it again and does nothing."""
+    first = done(*base, "--out", tmp_path / "r")
+    assert first["ranks"] == 20 and first["steps"] == 10 and first["bad_steps"] == 0
+    assert set(first["before"]) == set(first["after"]) == {"accuracy", "nll", "ece", "examples"}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*")}
+    assert done("--resume", "--out", tmp_path / "r") == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*")} == before
+
+
+def test_language_model_on_responses(folders, tmp_path):
+    """Learns them; merged and saved; curves for tensorboard."""
+    rows = [{"q": f"what follows {a} ?", "a": f"{a + 1} ."} for a in range(9)] * 4
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = done(
+        *("--model", folders["lm"], "--data", tmp_path / "qa.jsonl", "--prompt", "q", "--response", "a", "--merge"),
+        *(*QUICK, "--lr", 0.02, "--report-to", "tensorboard", "--out", tmp_path / "r", "--unit", "parameters"),
+    )
+    assert found["after"]["nll"] < found["before"]["nll"] and found["after"]["tokens"] == found["before"]["tokens"]
+    assert found["merge"]["rounding loss"] < 1e-3
+    events = EventAccumulator(str(tmp_path / "r" / "tensorboard"))
+    events.Reload()
+    assert {"train/nll", "train/kl", "train/expected_rank"} <= set(events.Tags()["scalars"])
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "merged")
+    assert merged.config.architectures == ["GPT2LMHeadModel"]
+
+
+def test_regression_of_an_encoder(folders, tmp_path):
+    """A new head, labels that are real, a Parquet file; blocks share their gates."""
+    rows = [(text, label + 0.5) for text, label in ROWS * 5]
+    names = ("text", "label")
+    parquet.write_table(pyarrow.table(dict(zip(names, zip(*rows, strict=True), strict=True))), tmp_path / "a.parquet")
+    options = ("--granularity", "block", "--out", tmp_path / "r")
+    found = done("--model", folders["encoder"], "--data", tmp_path / "a.parquet", *QUICK, *options)
+    assert found["task"] == "regression" and set(found["after"]) >= {"mse", "mae"}
+    assert found["notes"] == ["the new head was fitted on frozen features of 18 rows"]
+    state = safetensors.torch.load_file(tmp_path / "r" / "adapter" / "adapter_model.safetensors")
+    assert any("classifier" in name for name in state)
+
+
+def test_lora(folders, texts, tmp_path):
+    """Equal ranks within the budget, nothing calibrated; a budget below one rank a layer is refused."""
+    base = ("--model", folders["classifier"], "--data", texts, *QUICK, "--method", "lora")
+    found = done(*base, "--budget", 30, "--out", tmp_path / "r")
+    plan = cobra.RankPlan.load(tmp_path / "r" / "plan.json")
+    assert set(plan.ranks.values()) == {2} and found["ranks"] == 26 and found["path residual"] is None
+    assert not (tmp_path / "r" / "scores.safetensors").exists()
+    result = run(*base, "--budget", 12, "--out", tmp_path / "s")
+    assert result.exit_code == 2 and "budget=12 ranks: one rank in each of 13 layers takes 13" in result.stderr
+
+
+def test_scores_of_cobra_calibrate(folders, texts, tmp_path):
+    """The very same scores make the very same run; those of another model are refused before anything is written."""
+    base = ("--data", texts, *QUICK, "--budget", 20)
+    done("--model", folders["classifier"], *base, "--out", tmp_path / "a")
+    scores = tmp_path / "a" / "scores.safetensors"
+    done("--model", folders["classifier"], *base, "--scores", scores, "--out", tmp_path / "b")
+    assert same(tmp_path / "a", tmp_path / "b")
+    result = run("--model", folders["lm"], *base, "--task", "classification", "--scores", scores, "--out", tmp_path / "c")
+    assert result.exit_code == 2 and "scores" in result.stderr and not (tmp_path / "c").exists()
+
+
+def test_config_file(folders, texts, tmp_path):
+    """The same run from a file as from options."""
+    done("--model", folders["classifier"], "--data", texts, "--budget", 20, *QUICK, "--out", tmp_path / "a")
+    values = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    done("--config", tmp_path / "c.yaml", "--out", tmp_path / "b")
+    assert same(tmp_path / "a", tmp_path / "b")
+
+
+# what ends a run
+
+
+def same(one: Path, other: Path) -> bool:
+    """Adapter, ranks and the last checkpoint, bit for bit."""
+    names = ["adapter/adapter_model.safetensors", "plan.json", f"checkpoints/checkpoint-10/{CHECKPOINT}"]
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+@pytest.fixture(scope="module")
+def whole(folders, texts, tmp_path_factory):
+    """The run that nothing ended."""
+    out = tmp_path_factory.mktemp("whole") / "r"
+    done("--model", folders["classifier"], "--data", texts, "--budget", 20, *QUICK, *ODD, *EVERY, "--out", out)
+    return out
+
+
+def child(prepare, *arguments) -> int:
+    """How a process that runs the command after `prepare()` ends; what it said is in a file beside its folder."""
+
+    def act():
+        prepare()
+        result = run(*arguments)
+        Path(f"{arguments[-1]}.said").write_text(result.stderr, encoding="utf-8")
+        os._exit(result.exit_code)
+
+    return ended(act)
+
+
+def signal_at(call: str, number: int, *signals: int) -> None:
+    """Signals to itself at the n-th call of a function of os."""
+    true, left = getattr(os, call), [number]
+
+    def signalling(*args):
+        left[0] -= 1
+        if not left[0]:
+            for each in signals:
+                os.kill(os.getpid(), each)
+        return true(*args)
+
+    setattr(os, call, signalling)
+
+
+# renames: config, run, before, scores, then two a checkpoint (schedule, cobra) at steps 3, 6, 9 and 10, ...
+IN_CALIBRATION, AT_STEP_3, IN_STEP_6, AFTER_TRAINING = 4, 6, 7, 13
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted(base, whole, tmp_path, number, code):
+    """The step is finished and saved, and the line to go on with is said; with it the run ends with the same bits."""
+    out = tmp_path / "r"
+    assert child(partial(signal_at, "replace", AT_STEP_3, number), *base, "--out", out) == code
+    said = Path(f"{out}.said").read_text(encoding="utf-8")
+    newest = RunFolder(out).newest().name.rpartition("-")[2]
+    assert said == f"{signal.Signals(number).name}: the last checkpoint is of step {newest}; to go on: " + (
+        f"cobra train --resume --out {out}\n"
+    )
+    assert int(newest) in (3, 4) and not (out / "result.json").exists()
+    done("--resume", "--out", out)
+    assert same(out, whole)
+    rows = RunFolder(out).history()
+    assert [row["step"] for row in rows] == list(range(1, 11)) and {row["phase"] for row in rows} == {"search", "cut"}
+
+
+def test_interrupted_before_training(base, whole, tmp_path):
+    """At once: there is nothing to finish."""
+    out = tmp_path / "r"
+    assert child(partial(signal_at, "replace", IN_CALIBRATION, signal.SIGINT), *base, "--out", out) == 130
+    assert "no checkpoint yet; to go on: cobra train --resume" in Path(f"{out}.said").read_text(encoding="utf-8")
+    done("--resume", "--out", out)
+    assert same(out, whole)
+
+
+def test_second_signal_ends_at_once(base, whole, tmp_path):
+    """By the signal itself; files are whole all the same."""
+    out = tmp_path / "r"
+    two = partial(signal_at, "replace", IN_STEP_6, signal.SIGINT, signal.SIGINT)
+    assert child(two, *base, "--out", out) == -signal.SIGINT
+    assert RunFolder(out).newest().name == "checkpoint-3"
+    done("--resume", "--out", out)
+    assert same(out, whole)
+
+
+@pytest.mark.parametrize("number", [1, 3, AT_STEP_3, 8, 11, AFTER_TRAINING, 16])
+def test_killed(base, whole, tmp_path, number):
+    """SIGKILL at renames from the first to the last: the newest complete checkpoint loads, half ones are not looked at."""
+    out = tmp_path / "r"
+    assert child(partial(kill_at, "replace", number), *base, "--out", out) == -signal.SIGKILL
+    for checkpoint in RunFolder(out).complete():
+        storage.read_tensors(checkpoint / CHECKPOINT, "training checkpoint")
+    if (out / "config.yaml").exists():
+        done("--resume", "--out", out)
+    else:
+        done(*base, "--out", out) if not out.exists() else done(*base, "--out", tmp_path / "again")
+        out = out if (out / "adapter").exists() else tmp_path / "again"
+    assert same(out, whole)
+    assert [row["step"] for row in RunFolder(out).history()] == list(range(1, 11))
+
+
+def test_a_line_half_written(base, whole, tmp_path):
+    """A kill in the middle of a line of history costs that line."""
+    out = tmp_path / "r"
+    assert child(partial(kill_at, "replace", IN_STEP_6), *base, "--out", out) == -signal.SIGKILL
+    for name in ("history.jsonl", "gates.jsonl"):
+        with open(out / name, "a", encoding="utf-8") as f:
+            f.write('{"step": 7, "nll"')
+    done("--resume", "--out", out)
+    assert same(out, whole)
+    assert Run.load(out).notes == () and (out / "gates.jsonl").read_bytes() == (whole / "gates.jsonl").read_bytes()
+
+
+def test_full_disk(base, whole, tmp_path):
+    """Exit code 1, the file named, and how to go on; what was there before is whole."""
+    size = (RunFolder(whole).newest() / CHECKPOINT).stat().st_size
+    out = tmp_path / "r"
+    assert child(partial(limit_file_size, size // 2, kill=False), *base, "--out", out) == 1
+    said = Path(f"{out}.said").read_text(encoding="utf-8")
+    assert "File too large; nothing was written" in said and f"checkpoint-3/{CHECKPOINT}" in said
+    assert said.endswith(f"no checkpoint yet; to go on: cobra train --resume --out {out}\n")
+    done("--resume", "--out", out)
+    assert same(out, whole)
+
+
+def test_gradients_that_are_not_finite(base, tmp_path):
+    """Every step is skipped and its layers named, until the limit; then exit code 1, and no offer to do it again."""
+    result = run(*base, "--lr", 1e30, "--max-bad-steps", 3, "--save-every", 100, "--out", tmp_path / "r")
+    assert result.exit_code == 1 and result.stdout == ""
+    first, second, *rest = result.stderr.splitlines()
+    assert first.startswith("warning: gradients of") and "layers, first" in first and "step skipped (1 so far)" in first
+    assert "step skipped (2 so far)" in second
+    assert rest[0].startswith("error: gradients were not finite in 3 steps in a row (max_bad_steps), now those of ")
+    assert rest[-1] == "no checkpoint yet"
+    rows = RunFolder(tmp_path / "r").history()
+    assert rows[-1]["bad_steps"] == 2 and "nll" not in rows[-1]
+
+
+def test_resuming_refuses(base, folders, tmp_path):
+    """Other settings, other data, no run; and a run is not begun where one is."""
+    out = tmp_path / "r"
+    data = written(tmp_path / "d.csv", ROWS * 5)
+    base = ("--model", folders["classifier"], "--data", data, *QUICK, *EVERY)
+    assert child(partial(kill_at, "replace", IN_STEP_6), *base, "--out", out) == -signal.SIGKILL
+    for arguments, message in (
+        (("--resume", "--lr", 0.1, "--out", out), "lr was 0.0005 when the run in"),
+        (("--resume", "--set", "beta=0.5", "--out", out), "cobra was {} when the run in"),
+        (("--resume", "--out", tmp_path / "none"), "no such file; --resume goes on with the run in --out"),
+        ((*base, "--out", out), "is there and not empty"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2 and message in result.stderr and result.stdout == ""
+    written(data, ROWS * 6)
+    result = run("--resume", "--out", out)
+    assert result.exit_code == 2 and "d.csv has changed since" in result.stderr
+    assert RunFolder(out).newest().name == "checkpoint-3"
+
+
+@pytest.mark.slow
+def test_smollm2_on_prose(tmp_path):
+    """A pretrained language model on real text: what it is trained for gets likelier."""
+    found = done(
+        *("--model", "smollm2", "--data", "reviews", "--task", "causal-lm", "--train-examples", 400, "--eval-examples", 32),
+        *("--calibration-examples", 4, "--calibration-steps", 8, "--baseline", "mean", "--longest", 48),
+        *("--steps", 30, "--batch-size", 8, "--out", tmp_path / "r", "--merge"),
+    )
+    assert found["after"]["perplexity"] < found["before"]["perplexity"]
+    assert found["ranks"] == 8 * 210 and (tmp_path / "r" / "report" / "index.html").is_file()
