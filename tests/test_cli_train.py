@@ -78,13 +78,15 @@ def test_run_folder(folders, texts, tmp_path):
     """Every file that the report reads; an adapter that peft loads; a merged model that says the same."""
     out = tmp_path / "r"
     options = [option for option in QUICK if option != "--no-report"]
-    result = run("--model", folders["classifier"], "--data", texts, "--budget", 20, *options, "--merge", "--out", out)
+    result = run(
+        "--model", folders["classifier"], "--data", texts, "--budget", 20, *options, "--log-every", 1, "--merge", "--out", out
+    )
     assert result.exit_code == 0 and result.stderr == "", result.output
     assert "critic, classification, 10 steps" in result.stdout and result.stdout.rstrip().endswith("index.html")
     found = Run.load(out)
     assert not found.missing and set(found.files) == set(FILES) and found.cut == 7
-    assert found.plan.total == 20 and [row["step"] for row in found.history] == [1, 6, 10]
-    assert [*found.gates] == [0, 6] and found.metrics["examples"] == 2
+    assert found.plan.total == 20 and [row["step"] for row in found.history] == list(range(1, 11))
+    assert [*found.gates] == list(range(7)) and found.metrics["examples"] == 2
     assert "Gates over training" in (out / "report" / "index.html").read_text(encoding="utf-8")
     settings = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert settings["command"][:4] == ["cobra", "train", "--model", str(folders["classifier"])]
@@ -151,26 +153,6 @@ def test_lora(folders, texts, tmp_path):
     assert result.exit_code == 2 and "budget=12 ranks: one rank in each of 13 layers takes 13" in result.stderr
 
 
-def test_scores_of_cobra_calibrate(folders, texts, tmp_path):
-    """The very same scores make the very same run; those of another model are refused before anything is written."""
-    base = ("--data", texts, *QUICK, "--budget", 20)
-    done("--model", folders["classifier"], *base, "--out", tmp_path / "a")
-    scores = tmp_path / "a" / "scores.safetensors"
-    done("--model", folders["classifier"], *base, "--scores", scores, "--out", tmp_path / "b")
-    assert same(tmp_path / "a", tmp_path / "b")
-    result = run("--model", folders["lm"], *base, "--task", "classification", "--scores", scores, "--out", tmp_path / "c")
-    assert result.exit_code == 2 and "scores" in result.stderr and not (tmp_path / "c").exists()
-
-
-def test_config_file(folders, texts, tmp_path):
-    """The same run from a file as from options."""
-    done("--model", folders["classifier"], "--data", texts, "--budget", 20, *QUICK, "--out", tmp_path / "a")
-    values = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text(encoding="utf-8"))
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    done("--config", tmp_path / "c.yaml", "--out", tmp_path / "b")
-    assert same(tmp_path / "a", tmp_path / "b")
-
-
 # what ends a run
 
 
@@ -186,6 +168,21 @@ def whole(folders, texts, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "r"
     done("--model", folders["classifier"], "--data", texts, "--budget", 20, *QUICK, *ODD, *EVERY, "--out", out)
     return out
+
+
+def test_scores_of_cobra_calibrate(base, whole, folders, texts, tmp_path):
+    """The very same scores make the very same run; those of another model are refused before anything is written."""
+    scores = ("--scores", whole / "scores.safetensors")
+    done(*base, *scores, "--out", tmp_path / "r")
+    assert same(tmp_path / "r", whole)
+    result = run("--model", folders["lm"], "--data", texts, "--task", "classification", *scores, "--out", tmp_path / "c")
+    assert result.exit_code == 2 and "scores" in result.stderr and not (tmp_path / "c").exists()
+
+
+def test_config_file(whole, tmp_path):
+    """The same run from a file as from options."""
+    done("--config", whole / "config.yaml", "--out", tmp_path / "r")
+    assert same(tmp_path / "r", whole)
 
 
 def child(prepare, *arguments) -> int:
@@ -254,7 +251,7 @@ def test_second_signal_ends_at_once(base, whole, tmp_path):
     assert same(out, whole)
 
 
-@pytest.mark.parametrize("number", [1, 3, AT_STEP_3, 8, 11, AFTER_TRAINING, 16])
+@pytest.mark.parametrize("number", [1, 3, AT_STEP_3, 8, AFTER_TRAINING])
 def test_killed(base, whole, tmp_path, number):
     """SIGKILL at renames from the first to the last: the newest complete checkpoint loads, half ones are not looked at."""
     out = tmp_path / "r"

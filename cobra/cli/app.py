@@ -176,7 +176,9 @@ def export(
     ] = "",
     base: Annotated[
         Path | None,
-        typer.Option(help="The model's folder: needed by a checkpoint; gives a compact adapter back its layers of rank 0."),
+        typer.Option(
+            help="Its model: a folder, minilm or smollm2. A checkpoint needs it; to a compact adapter it gives back layers of rank 0."
+        ),
     ] = None,
     architecture: Annotated[
         str | None, typer.Option(help="Class of transformers to load the base as; config.json's by default.")

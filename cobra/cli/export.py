@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import cobra
 from cobra import checkpoint, storage
 from cobra.budget import Budget
-from cobra.cli.merge import load_base
+from cobra.cli.encoder import load_encoder
+from cobra.cli.merge import head_tensors, label_count, load_base
+from cobra.cli.subject import NAMED_MODELS, find_model
 from cobra.export.card import model_card
 from cobra.export.check import ENGINES, AdapterCheck, check_adapter
 from cobra.export.folder import CONFIG
@@ -36,7 +38,8 @@ def export_adapter(
     source: an adapter folder, of COBRA or peft; or a training checkpoint, cobra.safetensors or a folder with one, which is cut
         to its budget where its search was still going on
     engines: that must load it; none of them given, all are asked and none must
-    base: the model's folder. A checkpoint needs it; with an adapter of COBRA it gives back the layers of rank 0, as zeros
+    base: the model's folder, minilm or smollm2. A checkpoint needs it; to an adapter of COBRA it gives back the layers of rank
+        0, as zeros
     architecture: a class of transformers for the base; by default the one in its config.json
 
     Raises FileNotFoundError, ValueError for an output that exists, an engine that would not load it and a base that does not
@@ -53,7 +56,7 @@ def export_adapter(
         adapter = _in_planned_order(cobra.load_adapter(source), {})
         card = _card_of(source, adapter)
         if base is not None:
-            adapter = _with_zeros(adapter, load_base(base, architecture, _head_names(adapter)))
+            adapter = _with_zeros(adapter, _load(base, architecture, head_tensors(adapter)))
     with storage.new_folder(out) as fresh:
         adapter.save_pretrained(fresh, layout)
         if card is not None:
@@ -80,17 +83,25 @@ def _checkpoint_in(source: Path) -> Path | None:
     return source / CHECKPOINT if (source / CHECKPOINT).is_file() and not (source / CONFIG).is_file() else None
 
 
+def _load(base: Path, architecture: str | None, heads: Mapping[str, Tensor]) -> nn.Module:
+    """A folder's model, or a named one as `cobra train` has it: minilm with a head for as many labels as the adapter has."""
+    if str(base) not in NAMED_MODELS or base.exists():
+        return load_base(base, architecture, heads)
+    if str(base) == "minilm":
+        return load_encoder(label_count(heads) or 2)[0]
+    return find_model(str(base)).load(seed=0)
+
+
 # training checkpoints
 
 
 def _from_checkpoint(path: Path, base: Path, architecture: str | None) -> LoraAdapter:
     tensors, meta = storage.read_tensors(path, checkpoint.KIND)
     storage.expect(path, meta, {"config": lambda v: isinstance(v, dict), "plan": lambda v: v is None or isinstance(v, dict)})
-    names = [name.removeprefix("adapter.") for name in tensors if name.startswith("adapter.")]
-    config, sites = _config(path, meta["config"]), _sites(names, meta["plan"])
-    adapter = cobra.attach(
-        load_base(base, architecture, names), dataclasses.replace(config, target_modules=sites, init="uniform")
-    )
+    trained = {name.removeprefix("adapter."): tensor for name, tensor in tensors.items() if name.startswith("adapter.")}
+    heads = {name: tensor for name, tensor in trained.items() if not name.endswith((".lora_A", ".lora_B", ".lora_gate"))}
+    config, sites = _config(path, meta["config"]), _sites(trained, meta["plan"])
+    adapter = cobra.attach(_load(base, architecture, heads), dataclasses.replace(config, target_modules=sites, init="uniform"))
     adapter.config = config
     adapter.load_checkpoint(path)
     if adapter.plan is None:
@@ -106,7 +117,7 @@ def _config(path: Path, values: dict) -> cobra.CobraConfig:
         raise storage.FormatError(f"{path}: the config is of another release: {error}") from error
 
 
-def _sites(names: Sequence[str], plan: dict | None) -> tuple[str, ...]:
+def _sites(names: Iterable[str], plan: dict | None) -> tuple[str, ...]:
     """The layers that were attached: those of the plan, or where none was applied those with matrices."""
     if plan is not None:
         return tuple(cobra.RankPlan.from_dict(plan).ranks)
@@ -114,10 +125,6 @@ def _sites(names: Sequence[str], plan: dict | None) -> tuple[str, ...]:
 
 
 # what a compact folder does not hold
-
-
-def _head_names(adapter: LoraAdapter) -> set[str]:
-    return {f"{name}.{key}" for name, head in adapter.heads.items() for key in head}
 
 
 def _with_zeros(adapter: LoraAdapter, model: nn.Module) -> LoraAdapter:

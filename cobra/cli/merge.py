@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 import cobra
 from cobra import storage
@@ -37,7 +37,7 @@ def merge_folders(
         raise ValueError(f"{out} exists; name a new folder")
     parts = [(cobra.load_adapter(folder), weight) for folder, weight in zip(adapters, weights, strict=True)]
     combined = cobra.combine(parts)
-    model = load_base(base, architecture, {f"{name}.{key}" for name, head in combined.heads.items() for key in head})
+    model = load_base(base, architecture, head_tensors(combined))
     try:
         adapter = combined.attach(model)
     except ValueError as error:
@@ -45,7 +45,7 @@ def merge_folders(
         raise ValueError(
             f"{error} (the base was loaded as {kind}; if the adapter is of another class, name it: --architecture)"
         ) from error
-    report = adapter.merge(tolerance=tolerance)
+    report = adapter.merge(tolerance=tolerance, reversible=tolerance is not None)
     with storage.new_folder(out) as fresh:
         model.save_pretrained(fresh)
         for path in sorted({path for pattern in BESIDE for path in base.glob(pattern) if path.is_file()}):
@@ -54,10 +54,20 @@ def merge_folders(
     return report
 
 
-def load_base(base: Path, architecture: str | None, brought: Collection[str]) -> nn.Module:
+def head_tensors(adapter: cobra.LoraAdapter) -> dict[str, Tensor]:
+    """By the full name of the parameter."""
+    return {f"{name}.{key}": value for name, head in adapter.heads.items() for key, value in head.items()}
+
+
+def label_count(heads: Mapping[str, Tensor]) -> int | None:
+    """Outputs of a classification head: the fewest rows of its tensors."""
+    return min((tensor.shape[0] for tensor in heads.values() if tensor.ndim), default=None)
+
+
+def load_base(base: Path, architecture: str | None, heads: Mapping[str, Tensor]) -> nn.Module:
     """The model of a transformers folder as the class asked for or as its own, in the dtype it was saved in.
 
-    brought: names of the parameters that come with an adapter, which the base may lack
+    heads: parameters that come with an adapter, which the base may lack; a class that is asked for gets as many labels
 
     Raises FileNotFoundError, and ValueError for quantised bases, unknown classes, and weights that nobody has.
     """
@@ -86,11 +96,13 @@ def load_base(base: Path, architecture: str | None, brought: Collection[str]) ->
             "--architecture"
         )
     transformers.utils.logging.disable_progress_bar()
+    labels = label_count(heads) if architecture else None
+    options = {} if labels is None else {"num_labels": labels}
     try:
-        model, info = found.from_pretrained(base, dtype="auto", output_loading_info=True)
+        model, info = found.from_pretrained(base, dtype="auto", output_loading_info=True, **options)
     except RuntimeError as error:
         raise ValueError(f"{base}: the weights are not those of {path.name}: {error}") from error
-    random = sorted(set(info["missing_keys"]) - set(brought))
+    random = sorted(set(info["missing_keys"]) - heads.keys())
     if random:
         raise ValueError(
             f"{base}: has no {random[0]}, which {names[0]} needs, and no adapter brings it ({len(random)} are missing)"

@@ -37,9 +37,9 @@ def with_options(kind: type, *names_of_arguments: str) -> Callable[[Callable], C
 
 def given_settings(given: dict[str, Any], kind: type) -> dict[str, Any]:
     """Options as settings. Raises ValueError for a --set that is no NAME=VALUE."""
-    values = dict(given)
+    values, types = dict(given), get_type_hints(kind)
     for each in fields(kind):
-        if get_type_hints(kind)[each.name] == dict[str, Any] and each.name in values:
+        if types[each.name] == dict[str, Any] and each.name in values:
             values[each.name] = dict(_pair(each.metadata["flag"], text) for text in values[each.name])
     return checked(values, kind, "command line")
 
