@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from models import attached, image_batch, logits_of, same, stir, train, vit
+from models import attached, image_batch, logits_of, minilm_folder, same, stir, train, vit
 from safetensors.torch import load_file
 from test_cli_merge import refused
 from test_load import peft_folder
@@ -142,6 +142,24 @@ def test_a_checkpoint_of_a_run_with_scores(tmp_path):
     found, expected = cobra.load_adapter(tmp_path / "out"), adapter.to_lora()
     assert found.ranks == {name: rank for name, rank in expected.ranks.items() if rank}
     assert all(torch.equal(layer.lora_B, expected.layers[name].lora_B) for name, layer in found.layers.items())
+
+
+def test_a_checkpoint_on_a_named_model_or_a_bare_encoder(tmp_path):
+    """The head's labels are the checkpoint's, whatever the base has."""
+    from cobra.cli.encoder import load_encoder
+
+    model = load_encoder(labels=3)[0]
+    adapter = cobra.attach(model, cobra.CobraConfig(20, r_max=2, gate="mean"))
+    stir(adapter)
+    adapter.save_checkpoint(tmp_path / "run.safetensors")
+    exported(tmp_path / "run.safetensors", "--out", tmp_path / "named", "--base", "minilm")
+    bert = ("--base", minilm_folder(), "--architecture", "BertForSequenceClassification")
+    exported(tmp_path / "run.safetensors", "--out", tmp_path / "bare", *bert)
+    adapter.apply(adapter.extract())
+    for name in ("named", "bare"):
+        found = cobra.load_adapter(tmp_path / name)
+        assert found.ranks == {layer: rank for layer, rank in adapter.plan.ranks.items() if rank}
+        assert torch.equal(found.heads["classifier"]["weight"], model.classifier.weight)
 
 
 def test_json(made):

@@ -177,7 +177,7 @@ def export(
     base: Annotated[
         Path | None,
         typer.Option(
-            help="Its model: a folder, minilm or smollm2. A checkpoint needs it; to a compact adapter it gives back layers of rank 0."
+            help="Its model: a folder, minilm or smollm2. A checkpoint needs it; a compact adapter gets layers of rank 0 back."
         ),
     ] = None,
     architecture: Annotated[
