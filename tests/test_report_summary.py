@@ -6,7 +6,7 @@ from reports import keep_only, made_run, whole_run
 
 import cobra
 from cobra.report.run import Run, append_gates
-from cobra.report.summary import cards, cautions, lead
+from cobra.report.summary import cards, cautions, lead, subject
 
 BUDGET = {"amount": 6, "unit": "ranks"}
 
@@ -93,6 +93,22 @@ def test_cautions(tmp_path):
     assert cautions(Run.load(made_run(tmp_path, ["up", "mid"]))) == []
     found = cautions(Run.load(made_run(tmp_path, ["up", "mid"], residual=1.03)))
     assert found == [
-        "The path integral misses 103 % of the output's change, and 5 % should be the most: contributions are not to be "
-        "trusted, nor ranks that rest on them."
+        "The path integral misses 103 % of the output's change, and 5 % should be the most: contributions, and ranks that "
+        "rest on them, are rough. More points of the path or another baseline may do better."
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"seed": 0, "settings": {"model": "minilm", "data": "reviews"}, "data": {"reviews": "f00"}},
+            "minilm on reviews, seed 0",
+        ),
+        ({"model": "folder", "data": {"file": "f00"}}, "folder"),
+        ({"settings": "none", "seed": "x"}, ""),
+    ],
+    ids=["train", "by hand", "other"],
+)
+def test_subject(settings, text):
+    assert subject(Run("run", settings=settings)) == text

@@ -12,7 +12,7 @@ from cobra.report.plots.canvas import render
 from cobra.report.run import Run
 from cobra.report.sections import Exhibit, Section, sections
 from cobra.report.style import style_sheet
-from cobra.report.summary import Card, cards, cautions, lead
+from cobra.report.summary import Card, cards, cautions, lead, subject
 
 PAGE, MARK = "index.html", '<meta name="generator" content="cobra report">'
 MOST_UNFOLDED = 60  # rows of a table
@@ -101,7 +101,7 @@ def _exhibit(exhibit: Exhibit, folder: Path) -> str:
         kinds = ["png", "svg", "csv"]
         inline = inline_svg(svg, name, f"{exhibit.title}. {exhibit.caption}")
         drawing = f'<div class="wide" tabindex="0" role="group" aria-label="{title}, figure">{inline}</div>\n'
-    caption = f"<figcaption>{escape(exhibit.caption)}</figcaption>\n" if exhibit.caption else ""
+    caption = paragraph(exhibit.caption, "caption") + "\n" if exhibit.caption else ""
     rows = table(exhibit.rows, exhibit.title)
     if drawing or len(exhibit.rows.rows) > MOST_UNFOLDED:
         rows = f"<details><summary>As a table, {count(len(exhibit.rows.rows), 'row')}</summary>{rows}</details>"
@@ -113,7 +113,7 @@ def _exhibit(exhibit: Exhibit, folder: Path) -> str:
 
 
 def _page(run: Run, shown: list[Section], body: str) -> str:
-    title = f"COBRA run {run.name}"
+    title, about = f"COBRA run {run.name}", subject(run)
     notes = [paragraph(note, "note") for note in cautions(run)]
     if run.missing:
         listed = "; ".join(f"{shows} ({name})" for name, shows in run.missing.items())
@@ -133,6 +133,7 @@ def _page(run: Run, shown: list[Section], body: str) -> str:
 <body>
 <main>
 <h1>{escape(title)}</h1>
+{paragraph(about, "subject") if about else ""}
 {"".join(paragraph(text, "lead") for text in lead(run))}
 <div class="cards">{"".join(map(_card, cards(run)))}</div>
 {"".join(notes)}

@@ -70,13 +70,14 @@ class Run:
 
     @property
     def cut(self) -> int | None:
-        """The first step after the ranks were cut: where the phase changes, else the step that the plan names."""
+        """The first step after the ranks were cut: the plan's own, else that of the first row of another phase."""
+        if not self.history:
+            return None
+        step = None if self.plan is None else self.plan.provenance.get("step")
+        if isinstance(step, int) and self.history[0]["step"] <= step <= self.history[-1]["step"]:
+            return step
         phases = [(row["step"], row["phase"]) for row in self.history if row.get("phase")]
-        found = next((step for step, phase in phases if phase != phases[0][1]), None)
-        if found is not None or self.plan is None or not self.history:
-            return found
-        step = self.plan.provenance.get("step")
-        return step if isinstance(step, int) and self.history[0]["step"] <= step <= self.history[-1]["step"] else None
+        return next((step for step, phase in phases if phase != phases[0][1]), None)
 
     @property
     def fusion(self) -> str:

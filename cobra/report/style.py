@@ -51,7 +51,7 @@ code,pre{font:.875em/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;ov
 pre{background:var(--surface);border:1px solid var(--line);border-radius:8px;padding:.75rem;white-space:pre-wrap}
 nav{display:flex;flex-wrap:wrap;gap:.25rem 1rem;margin:1rem 0;font-size:.9rem}
 .lead{font-size:1.05rem}
-figcaption,summary,.files{color:var(--muted);font-size:.9rem}
+summary,.caption,.files,.subject{color:var(--muted);font-size:.9rem}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(14rem,1fr));gap:.75rem;margin:1.25rem 0}
 .cards section{background:var(--surface);border:1px solid var(--line);border-radius:8px;padding:.6rem .8rem}
 .cards h2{font-size:.9rem;margin:0 0 .25rem}
@@ -62,7 +62,7 @@ dt small{display:block;font-size:.8rem;line-height:1.3}
 .note{border-left:3px solid var(--vermilion);padding:.1rem 0 .1rem .8rem;margin:.75rem 0}
 .absent{border-left:3px solid var(--line);padding:.1rem 0 .1rem .8rem;margin:.75rem 0;color:var(--muted)}
 figure{margin:1rem 0;padding:1rem;background:var(--surface);border:1px solid var(--line);border-radius:8px}
-figcaption,.files{margin:.5rem 0 0;max-width:none}
+.caption,.files{margin:.5rem 0 0;max-width:none}
 .wide,.table{overflow:auto;background:linear-gradient(to right,var(--surface) 1rem,transparent 3rem) local,
 linear-gradient(to left,var(--surface) 1rem,transparent 3rem) local,
 linear-gradient(to right,var(--line),transparent 1rem),linear-gradient(to left,var(--line),transparent 1rem)}

@@ -28,6 +28,14 @@ class Card:
     facts: list[Fact]
 
 
+def subject(run: Run) -> str:
+    """Model, data and seed, as far as run.json names them."""
+    given = {**run.settings, **(run.settings.get("settings") if isinstance(run.settings.get("settings"), dict) else {})}
+    model, data = (given.get(key) if isinstance(given.get(key), str) else "" for key in ("model", "data"))
+    seed = f"seed {given['seed']}" if isinstance(given.get("seed"), int) else ""
+    return ", ".join(filter(None, (" on ".join(filter(None, (model, data))), seed)))
+
+
 def lead(run: Run) -> list[str]:
     """A few sentences."""
     if run.plan is None or not run.plan.sites:
@@ -41,7 +49,8 @@ def cautions(run: Run) -> list[str]:
     if run.scores is not None and run.scores.completeness.path > MOST_MISSED:
         found.append(
             f"The path integral misses {number(100 * run.scores.completeness.path)} % of the output's change, and "
-            f"{100 * MOST_MISSED:g} % should be the most: contributions are not to be trusted, nor ranks that rest on them."
+            f"{100 * MOST_MISSED:g} % should be the most: contributions, and ranks that rest on them, are rough. More "
+            "points of the path or another baseline may do better."
         )
     return found
 
