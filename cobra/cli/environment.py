@@ -10,7 +10,7 @@ import torch
 import cobra
 from cobra_kernels import extension
 
-LIBRARIES = ("numpy", "safetensors", "triton", "transformers", "peft", "accelerate", "captum", "matplotlib")
+LIBRARIES = ("numpy", "safetensors", "triton", "transformers", "peft", "trl", "accelerate", "captum", "matplotlib")
 
 
 def describe() -> dict[str, str]:
