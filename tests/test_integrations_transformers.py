@@ -11,6 +11,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 import cobra
+from cobra.integrations.checks import check_devices
 from cobra.integrations.transformers import CHECKPOINT, CobraCallback
 
 SEARCH, STEPS, RATE = 5, 8, 1e-2
@@ -415,6 +416,20 @@ def test_an_optimizer_whose_steps_are_not_seen(tmp_path):
     ):
         trainer_of(tmp_path, model, optimizers=(optimizer, None)).train()
     assert adapter.current_step == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"deepspeed": "zero3.json"}, r"take deepspeed= and fsdp= out of the arguments"),
+        ({"fsdp": "full_shard"}, r"take deepspeed= and fsdp= out of the arguments"),
+        ({"world_size": 2}, r"2 processes and search_share=0\.6: DDP cannot follow a cut .* \(search_share=1\.0\)"),
+    ],
+)
+def test_devices_that_are_refused(arguments, words):
+    given = types.SimpleNamespace(**{"deepspeed": None, "fsdp": None, "world_size": 1} | arguments)
+    with pytest.raises(ValueError, match=words):
+        check_devices(given, 0.6)
 
 
 @pytest.mark.parametrize("changes", [{"search_share": 0.0}, {"search_share": 1.5}, {"max_bad_steps": 0}])
