@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench evidence evidence-data evidence-run env clean
+.PHONY: demo test test-slow lint bench gpu evidence evidence-data evidence-run env clean
 
 demo: env
 	$(BIN)/cobra demo
@@ -21,6 +21,10 @@ lint: env
 
 bench: env
 	$(BIN)/python -m bench
+
+# on a machine with a CUDA device: its own Python with torch and triton, nothing fetched, nine minutes at most
+gpu:
+	$(PYTHON) -m bench.gpu
 
 # tables and figures of docs/evidence.md from the committed rows
 evidence: env

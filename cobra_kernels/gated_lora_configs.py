@@ -98,9 +98,11 @@ def pick_base_config(M: int, N: int, rank_tile: int, wide: bool, arch: int) -> B
     return BaseConfig(128, 256, 64, block_r, GROUP_M=8, num_warps=8, num_stages=3)
 
 
-def pick_tokens_config(rank_tile: int, wide: bool) -> TokensConfig:
+def pick_tokens_config(rank_tile: int, wide: bool, with_g: bool, arch: int) -> TokensConfig:
     if not wide:
         return TokensConfig(BLOCK_M=32, BLOCK_N=64, BLOCK_R=rank_tile, num_warps=4, num_stages=1)
+    if with_g and arch < 90:
+        return TokensConfig(BLOCK_M=32, BLOCK_N=256, BLOCK_R=rank_tile, num_warps=8, num_stages=4)
     return TokensConfig(BLOCK_M=64, BLOCK_N=256 if rank_tile <= 32 else 128, BLOCK_R=rank_tile, num_warps=8, num_stages=3)
 
 
@@ -108,13 +110,13 @@ def pick_rows_config(rank_tile: int) -> RowsConfig:
     return RowsConfig(BLOCK_M=1024 // rank_tile, BLOCK_R=rank_tile)
 
 
-def pick_one_pass(r: int, rank_tile: int) -> bool:
+def pick_one_pass(r: int, rank_tile: int, arch: int) -> bool:
     """Whether one pass over dy gives both g and the sums of dB.
 
     g then goes through a plane of 4 M R bytes for each tile of columns, written and read; reading dy again costs 2 M N. With
-    256 columns a tile the first is smaller below R = 64.
+    256 columns a tile the first is smaller below R = 64; at R = 32 the tile spills on an A100.
     """
-    return r <= rank_tile <= 32
+    return r <= rank_tile <= (32 if arch >= 90 else 16)
 
 
 def pick_shrink_planes(programs: int, K: int) -> int:
@@ -129,13 +131,14 @@ def pick_token_planes(programs: int, M: int, block_m: int) -> int:
 
 def candidates_shrink(rank_tile: int) -> list[ShrinkConfig]:
     """For wide operands; the sweep times each."""
-    return [ShrinkConfig(m, k, rank_tile, w, s) for m in (64, 128) for k in (64, 128) for w in (4, 8) for s in (3, 4)]
+    return [ShrinkConfig(m, k, rank_tile, w, 3) for m in (64, 128) for k in (64, 128) for w in (4, 8)]
 
 
 def candidates_base(rank_tile: int) -> list[BaseConfig]:
-    tiles = [(128, 128, 64, 4), (128, 128, 64, 8), (128, 256, 64, 8), (256, 128, 64, 8), (64, 256, 64, 4), (128, 256, 32, 8)]
-    return [BaseConfig(m, n, k, min(rank_tile, 32), 8, w, s) for m, n, k, w in tiles for s in (3, 4)]
+    tiles = [(128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4)]
+    tiles += [(256, 128, 64, 8, 3), (64, 256, 64, 4, 4), (128, 256, 32, 8, 4)]
+    return [BaseConfig(m, n, k, min(rank_tile, 32), 8, w, s) for m, n, k, w, s in tiles]
 
 
 def candidates_tokens(rank_tile: int) -> list[TokensConfig]:
-    return [TokensConfig(m, n, rank_tile, w, s) for m in (32, 64) for n in (64, 128, 256) for w in (4, 8) for s in (2, 3, 4)]
+    return [TokensConfig(m, n, rank_tile, w, 3) for m in (64, 128) for n in (128, 256) for w in (4, 8)]

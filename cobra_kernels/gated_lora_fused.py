@@ -75,7 +75,7 @@ def backward(
     needs_sums = needs_B or (needs_gate and not per_token)
     with torch.cuda.device_of(x):
         folded_A, packed_B = launch.fold(dy, lora_A, lora_B, gates, rank_tile, "known")
-        one_pass = needs_g and needs_sums and configs.pick_one_pass(len(lora_A), rank_tile)
+        one_pass = needs_g and needs_sums and configs.pick_one_pass(len(lora_A), rank_tile, launch.arch(dy))
         if needs_sums:
             sums, g_planes = launch.tokens(
                 dy, gated if per_token else h, packed_B if one_pass else None, gates, rank_tile, wide

@@ -148,7 +148,7 @@ def base(
 ) -> Tensor:
     """y = h folded + x weight + bias; weight (K, N), of any strides."""
     (M, K), N = x.shape, weight.shape[1]
-    config = config or configs.pick_base_config(M, N, rank_tile, wide, _arch(x))
+    config = config or configs.pick_base_config(M, N, rank_tile, wide, arch(x))
     y = empty(x, M, N)
     products._base_kernel[(-(-M // config.BLOCK_M) * -(-N // config.BLOCK_N),)](
         x,
@@ -182,7 +182,7 @@ def tokens(
 ) -> tuple[Tensor, Tensor]:
     """-> planes of S = hᵀ x (planes, R, N), and with `packed` those of g = x packedᵀ (column tiles, M, R), else empty."""
     (M, N), R = x.shape, gates.padded_rank
-    config = config or configs.pick_tokens_config(rank_tile, wide)
+    config = config or configs.pick_tokens_config(rank_tile, wide, packed is not None, arch(x))
     tiles = -(-N // config.BLOCK_N)
     programs = tiles * (R // rank_tile)
     planes = configs.pick_token_planes(programs, M, config.BLOCK_M)
@@ -256,7 +256,8 @@ def dz(partial: Tensor, gates: Gates, gate: Tensor, temperature: Tensor | None) 
     return out
 
 
-def _arch(x: Tensor) -> int:
+def arch(x: Tensor) -> int:
+    """Compute capability of the device of x, times 10."""
     major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)  # the interpreter's tiles fit anywhere
     return 10 * major + minor
 

@@ -169,19 +169,19 @@ def _tokens_kernel(
             p_ptrs = p_ptr + first_n + offs_r[None, :].to(tl.int64) * N + offs_n[:, None]
             p = tl.load(p_ptrs, mask=mask_n[:, None], other=0.0)
             g_ptrs = g_ptr + tile * stride_gp + start * R + offs_m[:, None] * R + offs_r[None, :]
-        acc = tl.full((BLOCK_N, BLOCK_R), 0.0, tl.float32)
+        acc = tl.full((BLOCK_R, BLOCK_N), 0.0, tl.float32)
         for m in range(start, end, BLOCK_M):
             mask_m = offs_m < end - m
             x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
             h = tl.load(h_ptrs, mask=mask_m[:, None], other=0.0)
-            acc = tl.dot(tl.trans(x), h, acc, input_precision="ieee")
+            acc = tl.dot(tl.trans(h), x, acc, input_precision="ieee")
             if WITH_G:
                 tl.store(g_ptrs, tl.dot(x, p, input_precision="ieee"), mask=mask_m[:, None])
                 g_ptrs += BLOCK_M * R
             x_ptrs += BLOCK_M * stride_xm
             h_ptrs += BLOCK_M * R
-        sums_ptrs = sums_ptr + (plane * R + offs_r[None, :]) * N + first_n + offs_n[:, None]
-        tl.store(sums_ptrs, acc, mask=mask_n[:, None])
+        sums_ptrs = sums_ptr + (plane * R + offs_r[:, None]) * N + first_n + offs_n[None, :]
+        tl.store(sums_ptrs, acc, mask=mask_n[None, :])
 
 
 @triton.jit

@@ -51,12 +51,14 @@ def bases(arch):
 
 def tokens(arch):
     operands = ("x_ptr", "h_ptr", "p_ptr")
-    for tile, with_g in ((16, True), (32, True), (16, False), (32, False), (64, False)):
-        config, constants = configs.pick_tokens_config(tile, True), {"CLOSED": 1, "WITH_G": with_g}
+    for tile, with_g in product(TILES, (True, False)):
+        if with_g and not configs.pick_one_pass(tile, tile, arch):
+            continue
+        config, constants = configs.pick_tokens_config(tile, True, with_g, arch), {"CLOSED": 1, "WITH_G": with_g}
         name = "tokens-with-g" if with_g else "tokens"
         yield case(name, products._tokens_kernel, config, operands, "bf16", arch, units=("stride_xn",), constants=constants)
     for dtype in ("fp32", "fp16"):
-        config, constants = configs.pick_tokens_config(16, False), {"CLOSED": 1, "WITH_G": True}
+        config, constants = configs.pick_tokens_config(16, False, True, arch), {"CLOSED": 1, "WITH_G": True}
         yield case(
             "narrow-tokens", products._tokens_kernel, config, operands, dtype, arch, constants=constants, slow=dtype == "fp16"
         )
