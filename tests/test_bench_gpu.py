@@ -10,7 +10,7 @@ from bench.sweep_gated_lora_linear import fastest
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_refuses_without_a_device():
-    with pytest.raises(SystemExit, match="needs a CUDA device, and torch .* sees none"):
+    with pytest.raises(SystemExit, match=r"needs a CUDA device, and torch .* sees none"):
         gpu.main()
 
 
