@@ -1,11 +1,17 @@
 """CobraCallback in trl's SFTTrainer: the Trainer's and the custom loop's results, accumulation, resuming, what SFTTrainer turns
 on by itself (activation checkpointing, bf16, a fused language head), packing, assistant-only loss, and peft beside COBRA."""
 
+import os
+import socket
+from pathlib import Path
+
 import pytest
 import torch
+from datasets import Dataset
 from models import same, smollm2, smollm2_tokenizer, stir
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
+from torch import distributed, multiprocessing
 from torch.nn import functional
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -18,10 +24,6 @@ from transformers import (
 
 import cobra
 from cobra.integrations.transformers import CobraCallback
-
-pytest.importorskip("trl")
-from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
 
 SEARCH, STEPS, RATE, BATCH = 3, 5, 1e-2, 8
 CONFIG = {"rank_budget": 14, "r_max": 4, "total_steps": 1, "beta": 0.5, "gate_lr_scale": 20.0}
@@ -257,6 +259,30 @@ def test_what_was_trained_merges(plain, tmp_path):
         adapter.merge()
         torch.testing.assert_close(model(**batch).logits, before, rtol=1e-4, atol=1e-4)
     assert {type(m).__name__ for m in model.modules() if isinstance(m, torch.nn.Linear)} == {"Linear"}
+
+
+def on_a_rank(rank: int, folder: Path, port: int) -> None:
+    """One of two processes that share every batch."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    _, adapter = trained(folder, callbacks=[CobraCallback(search_share=1.0)], per_device_train_batch_size=BATCH // 2)
+    torch.save({"ranks": adapter.plan.ranks, "tensors": tensors(adapter)}, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(tmp_path):
+    """Texts of different lengths on each: the loss counts the tokens of both, and the KL counts once."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(on_a_rank, (tmp_path, port), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    _, adapter = trained(tmp_path, callbacks=[CobraCallback(search_share=1.0)])
+    assert first["ranks"] == second["ranks"] == adapter.plan.ranks
+    assert same(first["tensors"], second["tensors"])
+    for found, expected in zip(first["tensors"], tensors(adapter), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
 
 
 # what would not train
