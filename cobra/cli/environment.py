@@ -27,7 +27,9 @@ def describe() -> dict[str, str]:
     facts["C++ extension"] = (
         "active: gate words, merge" if built else "not built: torch does its work, slower (no C++ compiler at install?)"
     )
-    facts["Triton kernels"] = "packed_lora, off by default: compiled and interpreted, never run on a GPU (backend='triton')"
+    facts["Triton kernels"] = (
+        "packed_lora, gated_lora_linear: off by default, compiled and interpreted, never run on a GPU (backend='triton')"
+    )
     facts["CUDA kernels"] = "none in this release: torch's own operations on every device"
     return facts
 
