@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from matplotlib.collections import PathCollection
 from matplotlib.text import Text
 from reports import CUT, made_run, whole_run
 
@@ -48,6 +49,16 @@ def test_type_can_be_read(run):
         assert min(sizes) >= canvas.SMALLEST_TYPE, name
         labels = [axes.get_ylabel() or axes.get_xlabel() for axes in figure.axes]
         assert all(labels) or name == "ranks", name
+
+
+def test_many_gates(tmp_path):
+    """Of 81 groups two marks each: the median of the kept and of the dropped, and nothing for a kind that is not there."""
+    plan = cobra.RankPlan.load(made_run(tmp_path, [f"l{i}" for i in range(81)], kept=3) / "plan.json")
+    marks = [c.get_offsets() for c in plots.gate_probabilities(plan).axes[0].collections if isinstance(c, PathCollection)]
+    assert [len(one) for one in marks] == [81, 81]
+    assert [np.unique(one[:, 1]).round(6).tolist() for one in marks] == [[0.7], [0.3]]
+    plan = cobra.RankPlan.load(made_run(tmp_path, [f"l{i}" for i in range(81)], kept=0) / "plan.json")
+    assert len(plots.gate_probabilities(plan).axes[0].get_legend_handles_labels()[1]) == 3
 
 
 @pytest.mark.parametrize("stack", STACKS)

@@ -101,6 +101,11 @@ def moved(first: Gates, last: Gates) -> tuple[float, float]:
     return sum(changes) / len(changes), max(changes)
 
 
+def was_trained(plan: RankPlan) -> bool:
+    """Whether the gates' probabilities are a result: those of a plan from scores alone are not."""
+    return bool(plan.sites) and plan.provenance.get("source") != "scores"
+
+
 def all_gates(plan: RankPlan) -> list[tuple[float, bool]]:
     """(probability, kept) of every gate."""
     kept = [set(site.kept) for site in plan.sites]

@@ -73,7 +73,7 @@ def _prior(run: Run) -> Iterator[str | Exhibit]:
     plan, scores = run.plan, run.scores
     if plan is None or not plan.sites:
         return
-    trained = plan.provenance.get("source") != "scores"
+    trained = measures.was_trained(plan)
     if not trained:
         yield paragraph("The plan was made from the scores alone: there was no training of gates, and no posterior.")
     reason = tables.mismatch(scores, plan, run.fusion)

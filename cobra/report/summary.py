@@ -89,7 +89,7 @@ def _evidence(run: Run) -> list[Fact]:
             Fact("path integral misses", f"{number(100 * scores.completeness.path)} %", "of the output's change"),
             Fact("correlation", "–" if math.isnan(r) else f"{r:.2f}", "of gradient and contribution"),
         ]
-    if _was_trained(run.plan):
+    if run.plan is not None and measures.was_trained(run.plan):
         gates = measures.all_gates(run.plan)
         low, high = measures.UNDECIDED
         open_ones = measures.undecided(p for p, _ in gates)
@@ -133,10 +133,6 @@ def _seconds(run: Run) -> float | None:
     return sum(values) if values and all(isinstance(v, int | float) for v in values) else None
 
 
-def _was_trained(plan: RankPlan | None) -> bool:
-    return plan is not None and bool(plan.sites) and plan.provenance.get("source") != "scores"
-
-
 def _full(plan: RankPlan) -> list[str]:
     """Layers that keep every gate they have, and might take more."""
     return [member for site in plan.sites if site.rank and site.rank == len(site.posterior) for member in site.members]
@@ -167,7 +163,7 @@ def _budget(plan: RankPlan) -> str:
 
 
 def _certainty(run: Run) -> str:
-    if not _was_trained(run.plan):
+    if not measures.was_trained(run.plan):
         return "The ranks come from the scores alone, without training: how certain they are is not known."
     gates = measures.all_gates(run.plan)
     kept, dropped = [p for p, k in gates if k], [p for p, k in gates if not k]

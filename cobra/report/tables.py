@@ -28,15 +28,15 @@ def ranks(plan: RankPlan) -> Table:
 
 
 def prior(scores: LayerScores, plan: RankPlan, fusion: str) -> Table:
+    """A row a group; what training made of it where there was any."""
+    pi, kept = fuse(scores.conductance, scores.gradient, fusion).tolist(), plan.total or 1
+    rows = [(site.name, share, site.rank / kept, site.rank) for site, share in zip(plan.sites, pi, strict=True)]
+    if not measures.was_trained(plan):
+        return Table(("group", "prior share", "kept share", "rank"), rows)
     expected = [sum(site.posterior) for site in plan.sites]
-    total, kept = sum(expected) or 1.0, plan.total or 1
-    rows = [
-        (name, pi, rank / total, site.rank / kept, rank, site.rank)
-        for name, pi, rank, site in zip(
-            scores.sites, fuse(scores.conductance, scores.gradient, fusion).tolist(), expected, plan.sites, strict=True
-        )
-    ]
-    return Table(("group", "prior share", "posterior share", "kept share", "expected rank", "rank"), rows)
+    total = sum(expected) or 1.0
+    rows = [(*row, rank / total, rank) for row, rank in zip(rows, expected, strict=True)]
+    return Table(("group", "prior share", "kept share", "rank", "posterior share", "expected rank"), rows)
 
 
 def mismatch(scores: LayerScores | None, plan: RankPlan, fusion: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cobra.plan import RankPlan
@@ -29,24 +30,34 @@ from cobra.report.plots.canvas import (
 
 @styled
 def gate_probabilities(plan: RankPlan, path: Path | str | None = None) -> Figure:
-    """Posterior of every gate, group by group and beside one another within it: kept and dropped."""
+    """Posterior of every gate, group by group, kept and dropped; of many groups the span and median of each kind."""
     names = short_names(site.name for site in plan.sites)
     G = len(names)
     width = min(9.6, max(5.8, 1 + 0.17 * G))
     figure, axes = new_figure(width, 3.0 + 0.075 * max(map(letters, names)))
     low, high = measures.UNDECIDED
     axes.axhspan(low, high, color=MUTED, alpha=0.16, linewidth=0, label=f"undecided, {low} to {high}")
-    across = np.concatenate([g + np.linspace(-0.35, 0.35, len(site.posterior) or 1) for g, site in enumerate(plan.sites)])
-    p, mask = np.array(measures.all_gates(plan), float).reshape(-1, 2).T
     for kept, colour, label in ((True, BLUE, "kept"), (False, VERMILION, "dropped")):
-        chosen = mask == kept
-        marker = {"marker": "o", "linewidth": 0, "s": 9} if kept else {"marker": "x", "linewidth": 0.8, "s": 9}
-        axes.scatter(across[: len(p)][chosen], p[chosen], color=colour, label=f"{label} ({chosen.sum():,})", **marker)
+        gates = [[(k, p) for k, p in enumerate(site.posterior) if (k in site.kept) == kept] for site in plan.sites]
+        label = f"{label} ({sum(map(len, gates)):,})"
+        if G > MOST_LABELS:
+            _spans(axes, {g - 0.2 + 0.4 * kept: [p for _, p in one] for g, one in enumerate(gates) if one}, colour, label)
+            continue
+        across = [g - 0.35 + 0.7 * k / max(1, len(plan.sites[g].posterior) - 1) for g, one in enumerate(gates) for k, _ in one]
+        marker = {"marker": "o", "linewidth": 0} if kept else {"marker": "x", "linewidth": 0.8}
+        axes.scatter(across, [p for one in gates for _, p in one], s=9, color=colour, label=label, **marker)
     name_ticks(axes.xaxis, names, 0, most=int((width - 0.8) / 0.15))
     axes.tick_params(axis="x", rotation=90)
     axes.set(ylabel="gate probability", ylim=(-0.03, 1.03), xlim=(-0.7, G - 0.3))
     figure.legend(loc="outside lower left", ncols=3)
     return finish(figure, path)
+
+
+def _spans(axes: Axes, values: dict[float, list[float]], colour: str, label: str) -> None:
+    """values: place -> probabilities"""
+    spans = np.array([(min(p), np.median(p), max(p)) for p in values.values()]).reshape(-1, 3)
+    axes.vlines([*values], spans[:, 0], spans[:, 2], color=colour, linewidth=0.8)
+    axes.scatter([*values], spans[:, 1], s=6, color=colour, linewidth=0, label=f"{label}: span, median")
 
 
 @styled

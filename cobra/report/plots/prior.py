@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from cobra.plan import RankPlan
 from cobra.prior import fuse
+from cobra.report import measures
 from cobra.report.names import grid, letters, short_names
 from cobra.report.plots.canvas import (
     BLUE,
@@ -33,7 +34,7 @@ TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1)
 def prior_posterior(scores: LayerScores, plan: RankPlan, path: Path | str | None = None, fusion: str = "product") -> Figure:
     """Share of every group before training (prior π), after it (expected rank) and after the cut: points on lines, or maps."""
     shares = {"prior π": fuse(scores.conductance, scores.gradient, fusion).numpy()}
-    if plan.provenance.get("source") != "scores":  # whose gates were never trained
+    if measures.was_trained(plan):
         shares["expected rank"] = _share([sum(site.posterior) for site in plan.sites])
     shares["kept"] = _share([site.rank for site in plan.sites])
     draw = _lines if len(scores.sites) <= MOST_LABELS else _maps
