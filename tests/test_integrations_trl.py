@@ -21,6 +21,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from trl import SFTConfig, SFTTrainer
 
 import cobra
 from cobra.integrations.transformers import CobraCallback
