@@ -177,27 +177,43 @@ def test_equals_the_plain_trainer(plain, tmp_path):
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05], ids=["not clipped", "clipped"])
-def test_accumulation_changes_nothing(clip, tmp_path):
+def test_accumulation_changes_nothing(clip, plain, tmp_path):
     """4 and 8 micro-batches, of texts of different lengths, against one batch: ranks the same, posteriors and matrices within
     1e-9."""
-    _, whole = trained(tmp_path, max_grad_norm=clip)
+    _, whole = trained(tmp_path, max_grad_norm=clip) if clip else plain
     for parts in (4, 8):
         changes = {"per_device_train_batch_size": BATCH // parts, "gradient_accumulation_steps": parts, "max_grad_norm": clip}
         _, adapter = trained(tmp_path, **changes)
         assert_equal_runs(adapter, whole, 1e-9)
 
 
+RESUMED = {
+    "config": {"dropout": 0.1},
+    "dtype": torch.float32,
+    "bf16": True,
+    "lr_scheduler_type": "linear",
+    "max_grad_norm": 0.1,
+    "gradient_accumulation_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nothing interrupts, and its folder: fp32 under bf16 autocast, dropout, clipping, a schedule, accumulation."""
+    folder = tmp_path_factory.mktemp("straight")
+    return *trained(folder, **RESUMED), folder
+
+
 @pytest.mark.parametrize("saved_at", [2, SEARCH, 4], ids=["in the search", "at the cut", "after the cut"])
-def test_resumed_run_ends_with_the_same_bits(saved_at, tmp_path):
-    """In fp32 under bf16 autocast, with dropout, clipping, a schedule and accumulation."""
-    changes = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2, "bf16": True, "max_grad_norm": 0.1}
-    some = {"config": {"dropout": 0.1}, "dtype": torch.float32, "lr_scheduler_type": "linear", **changes}
-    straight, adapter = trained(tmp_path / "straight", **some)
+def test_resumed_run_ends_with_the_same_bits(saved_at, straight, tmp_path):
+    trainer, adapter, folder = straight
     torch.manual_seed(1)
-    resumed, other = trained(tmp_path / "resumed", resume=str(tmp_path / "straight" / f"checkpoint-{saved_at}"), **some)
+    resumed, other = trained(tmp_path, resume=str(folder / f"checkpoint-{saved_at}"), **RESUMED)
     assert other.plan == adapter.plan and other.current_step == adapter.current_step == STEPS
     assert same(tensors(other), tensors(adapter))
-    assert logged(resumed, "loss")[-(STEPS - saved_at) :] == logged(straight, "loss")[saved_at:]
+    assert logged(resumed, "loss")[-(STEPS - saved_at) :] == logged(trainer, "loss")[saved_at:]
 
 
 @pytest.mark.parametrize(
