@@ -114,7 +114,9 @@ def test_a_training_checkpoint(phase, granularity, tmp_path):
         adapter.apply(adapter.extract(), optimizer)
         train(model, adapter, optimizer, [image_batch()] * 2)
     adapter.save_checkpoint(tmp_path / "cobra.safetensors", optimizer)
-    exported(tmp_path, "--out", tmp_path / "out", "--base", tmp_path / "base", "--for", "peft")
+    result = export(tmp_path, "--out", tmp_path / "out", "--base", tmp_path / "base", "--for", "peft")
+    assert result.exit_code == 0, result.output
+    assert ("the search was still going on, at step 3" in result.stderr) == (phase == "in the search")
     if phase == "in the search":
         adapter.apply(adapter.extract())
     adapter.save_pretrained(tmp_path / "expected")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -106,6 +107,9 @@ def _from_checkpoint(path: Path, base: Path, architecture: str | None) -> LoraAd
     adapter.load_checkpoint(path)
     if adapter.plan is None:
         adapter.apply(adapter.extract())
+        warnings.warn(
+            f"{path}: the search was still going on, at step {meta['step']}: cut to its budget as it was", stacklevel=3
+        )
     return adapter.to_lora()
 
 
