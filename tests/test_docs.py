@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import Mlp, image_batch, mlp_batch, vit
 
 import cobra
 
@@ -44,6 +45,22 @@ def test_snippets(page, tmp_path, monkeypatch):
                 compiled = compile(code, f"{page.name}, snippet {number}", "exec")
                 if not file_of(code):
                     exec(compiled, namespace)
+
+
+def test_readme():
+    """Its two loops, with a model and batches as it says they may be; from the first nothing but plain layers is left."""
+    ten_lines, pairs = (code for language, code in snippets(ROOT / "README.md") if language == "python")
+    model, batches = vit(), [image_batch()] * 3
+    found: dict = {"model": model, "calibration_loader": batches, "loader": batches}
+    exec(compile(ten_lines, "README.md, ten lines", "exec"), found)
+    assert found["plan"].total == found["budget"] == 8 * 12
+    assert not any(isinstance(module, cobra.CobraLinear) for module in model.modules())
+    model = Mlp()
+    adapter = cobra.attach(model, cobra.CobraConfig(4, r_max=4, gate="mean"))
+    found = {"torch": torch, "model": model, "adapter": adapter, "loader": [mlp_batch()]}
+    exec(compile(pairs, "README.md, pairs", "exec"), found)
+    found["loss"].backward()
+    assert all(group.gate.grad is not None for group in adapter.groups)
 
 
 def lines(page: Path) -> Iterator[str]:
