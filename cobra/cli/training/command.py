@@ -30,7 +30,8 @@ def train(
     """
     with explained(), warnings_told():
         from cobra.cli.training.folder import RunFolder, step_of
-        from cobra.cli.training.run import Fault, run_training
+        from cobra.cli.training.loop import Fault
+        from cobra.cli.training.run import run_training
         from cobra.cli.training.settle import settle
         from cobra.cli.training.signals import Interrupted, Interruption
 
