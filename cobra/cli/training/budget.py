@@ -1,0 +1,38 @@
+"""How long a run is, and how an adapter of its budget is configured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import cobra
+from cobra import Budget
+from cobra.cli.training.prepare import Subject
+from cobra.cli.training.settings import AVERAGE_RANK, TrainSettings
+from cobra.plan import rank_cost
+from cobra.sites import block_of, find_sites
+
+
+def adapter_config(settings: TrainSettings, subject: Subject) -> cobra.CobraConfig:
+    """The adapter's, with the whole budget; raises ValueError where it does not reach for one rank a layer of plain LoRA."""
+    search = max(1, round(settings.search_share * number_of_steps(settings, subject)))
+    plain = settings.config(0, total_steps=search)
+    shapes: dict[str, list[tuple[int, int]]] = {}
+    for site in find_sites(subject.model, plain.target_modules):
+        group = block_of(site.name) if settings.granularity == "block" else site.name
+        shapes.setdefault(group, []).append((site.in_features, site.out_features))
+    costs = [rank_cost(settings.unit, group) for group in shapes.values()]
+    amount = AVERAGE_RANK * sum(costs) if settings.budget is None else settings.budget
+    if settings.method == "cobra":
+        budget = Budget(amount, settings.unit, multiple=settings.multiple, tied=settings.tied)
+        return replace(plain, rank_budget=budget)
+    rank = amount // sum(costs)
+    if rank < 1:
+        raise ValueError(f"budget={amount} {settings.unit}: one rank in each of {len(costs)} layers takes {sum(costs)}")
+    ranks = sum(min(rank, *(min(shape) for shape in group)) for group in shapes.values())
+    return replace(plain, rank_budget=ranks, r_max=rank)
+
+
+def number_of_steps(settings: TrainSettings, subject: Subject) -> int:
+    a_pass = math.ceil(math.ceil(len(subject.train) / settings.batch_size) / settings.accumulation)
+    return settings.steps or max(1, math.ceil(settings.epochs * a_pass))
