@@ -1,4 +1,4 @@
-"""Merging all adapters of MiniLM (36 sites): the kernel beside a copy of the weights, the whole model beside peft."""
+"""Merging: the kernel on MiniLM (36 sites) beside a copy of the weights, whole models beside peft."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import cobra
-from bench.workload import minilm
+from bench.workload import minilm, smollm2
 from cobra.sites import find_sites
 from cobra.timing import Comparison, Timing, compare
 from cobra_kernels.merge_lora import MergeItem, merge_lora, merge_lora_group
@@ -58,20 +58,28 @@ def kernel(weights: Sequence[Tensor], ranks: Sequence[int], label: str, dtype: t
     return compare(f"merge of {len(items)} MiniLM weights, {label}, {name}", COPY, alternatives, rounds)
 
 
-def adapted(base: nn.Module) -> tuple[cobra.Adapter, nn.Module]:
-    """COBRA's adapter and peft's on copies of the model, with the same factors."""
+def adapted(base: nn.Module) -> cobra.Adapter:
+    """COBRA's adapter on a copy of the model, the same one at every call."""
     names = [site.name for site in find_sites(base)]
-    ours = copy.deepcopy(base)
     config = cobra.CobraConfig(rank_budget=RANK * len(names), r_max=RANK, gate="open", alpha=SCALING * RANK, modules_to_save=())
-    adapter = cobra.attach(ours, config)
+    adapter = cobra.attach(copy.deepcopy(base), config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name in names:
+            adapter.model.get_submodule(name).lora_B.normal_(std=0.01, generator=generator)
+    return adapter
+
+
+def adapted_by_peft(base: nn.Module, adapter: cobra.Adapter) -> nn.Module:
+    """peft's LoRA on a copy of the model, with the same factors."""
+    names = [site.name for site in find_sites(base)]
     wrapped = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=RANK, lora_alpha=SCALING * RANK, target_modules=names))
     with torch.no_grad():
         for name in names:
-            layer, theirs = ours.get_submodule(name), wrapped.base_model.model.get_submodule(name)
-            layer.lora_B.normal_(std=0.01)
+            layer, theirs = adapter.model.get_submodule(name), wrapped.base_model.model.get_submodule(name)
             theirs.lora_A["default"].weight.copy_(layer.lora_A)
             theirs.lora_B["default"].weight.copy_(layer.lora_B)
-    return adapter, wrapped
+    return wrapped
 
 
 def validate(base: nn.Module, adapter: cobra.Adapter, wrapped: nn.Module) -> None:
@@ -100,8 +108,9 @@ def compare_prepared(work: str, alternatives: dict[str, tuple[Callable, Callable
     return Comparison(work, COPY, tuple(Timing(n, tuple(s)) for n, s in seconds.items()))
 
 
-def whole_model(base: nn.Module, rounds: int) -> Comparison:
-    adapter, wrapped = adapted(base)
+def whole_model(base: nn.Module, label: str, rounds: int) -> Comparison:
+    adapter = adapted(base)
+    wrapped = adapted_by_peft(base, adapter)
     validate(base, adapter, wrapped)
     weights = [site.weight for site in find_sites(base)]
     copies = [torch.empty_like(w) for w in weights]
@@ -110,26 +119,18 @@ def whole_model(base: nn.Module, rounds: int) -> Comparison:
         for target, source in zip(copies, weights, strict=True):
             target.copy_(source)
 
-    def merge_and_back(_: object) -> None:
-        adapter.merge()
-        adapter.unmerge()
-
-    def merge_and_back_peft(_: object) -> None:
-        wrapped.merge_adapter()
-        wrapped.unmerge_adapter()
-
     def nothing() -> None:
         pass
 
     alternatives = {
         COPY: (nothing, copy_weights),
+        "copy of the weights into new memory": (nothing, lambda _: [w.clone() for w in weights]),
+        "cobra merge in place": (lambda: adapted(base), lambda fresh: fresh.merge(reversible=False)),
         "cobra merge": (nothing, lambda _: adapter.merge()),
         "cobra unmerge": (nothing, lambda _: adapter.unmerge()),  # of the line above
-        "cobra merge + unmerge": (nothing, merge_and_back),
-        "peft merge + unmerge": (nothing, merge_and_back_peft),
         "peft merge_and_unload": (lambda: copy.deepcopy(wrapped), lambda model: model.merge_and_unload()),
     }
-    return compare_prepared(f"merge and unmerge, MiniLM, r={RANK}", alternatives, rounds)
+    return compare_prepared(f"merge of a whole model, {label}, r={RANK}", alternatives, rounds)
 
 
 def run(rounds: int = 11) -> list[Comparison]:
@@ -140,4 +141,4 @@ def run(rounds: int = 11) -> list[Comparison]:
     kernels = [
         kernel(weights, ranks[label], label, dtype, rounds) for dtype in (torch.float32, torch.bfloat16) for label in ranks
     ]
-    return [*kernels, whole_model(base, rounds)]
+    return [*kernels, whole_model(base, "MiniLM", rounds), whole_model(smollm2(), "SmolLM2", rounds)]

@@ -1,4 +1,4 @@
-"""MiniLM with a classification head and batches of a fixed shape, the workload of every benchmark of a whole model."""
+"""MiniLM with a classification head and batches of a fixed shape, the workload of most benchmarks of a whole model; SmolLM2."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cobra.cli.encoder import load_encoder
+from cobra.cli.subject import find_model
 
 
 def minilm() -> nn.Module:
@@ -15,6 +16,11 @@ def minilm() -> nn.Module:
     model, _ = load_encoder()
     nn.init.normal_(model.classifier.weight, std=0.05)
     return model.eval()
+
+
+def smollm2() -> nn.Module:
+    """SmolLM2-135M from its package, in evaluation mode."""
+    return find_model("smollm2").load(seed=0).eval()
 
 
 def batch(rows: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:

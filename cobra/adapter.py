@@ -18,7 +18,7 @@ from cobra.config import CobraConfig
 from cobra.deploy.cost import WORKSPACE
 from cobra.linear import CobraLinear
 from cobra.lora import LoraAdapter, LoraLayer
-from cobra.merge import Merge, MergeReport, check_merge_options, merge_layers, probe_outputs
+from cobra.merge import Merge, MergeReport, check_merge_options, merge_layers, merge_layers_in_place, probe_outputs
 from cobra.plan import RankPlan, SitePlan, provenance, rank_cost
 from cobra.sites import Site, fingerprint
 from cobra_kernels import gate_kl, gate_kl_sampled, gate_noise
@@ -303,8 +303,14 @@ class Adapter:
 
     # the end
 
+    @torch.no_grad()
     def merge(
-        self, tolerance: float | None = None, above: str = "raise", probe: object = None, workspace: int = WORKSPACE
+        self,
+        tolerance: float | None = None,
+        above: str = "raise",
+        probe: object = None,
+        workspace: int = WORKSPACE,
+        reversible: bool = True,
     ) -> MergeReport:
         """Adds every update to its weight (fp32 sum, one rounding) and puts the base model's own modules back.
 
@@ -315,21 +321,23 @@ class Adapter:
         above: what becomes of a layer that loses more: "raise" (then nothing is merged), or "keep" (it stays unmerged)
         probe: a batch; the report then says by how much the model's outputs on it moved in merging
         workspace: bytes for the sums of one launch, in the chunks a deployment plan has; the bits do not depend on it
+        reversible: False merges in place, without a second copy of the weights: faster, and `unmerge` then raises
 
-        Raises ValueError if merged already, where a sum is not finite, for a layer above the tolerance, and for a workspace
-        smaller than a row.
+        Raises ValueError if merged already, where a sum is not finite, for a layer above the tolerance, for a tolerance without
+        a way back, and for a workspace smaller than a row.
         """
         if self._merged is not None:
             raise ValueError("the adapter is merged already")
         distributed.check_whole(self.state_dict(), "merge()")
-        check_merge_options(tolerance, above)
+        check_merge_options(tolerance, above, reversible)
         before = None if probe is None else probe_outputs(self.model, probe)
         work = {
             site.name: (site, LoraLayer(*layers[0].folded()))
             for group in self.groups
             for site, layers in zip(group.sites, group.layers, strict=True)
         }
-        merged = merge_layers(list(work.values()), tolerance, above, workspace)
+        layers = list(work.values())
+        merged = merge_layers(layers, tolerance, above, workspace) if reversible else merge_layers_in_place(layers, workspace)
         for site in merged.sites:
             self._restore(site)
         self._set_nested_tensors(not merged.kept)
@@ -338,7 +346,7 @@ class Adapter:
         return MergeReport(merged.reports, moved)
 
     def unmerge(self) -> None:
-        """Restores the base weights bit for bit and puts the adapter back. Raises ValueError if not merged."""
+        """Restores the base weights bit for bit and puts the adapter back. Raises ValueError if not merged, or in place."""
         if self._merged is None:
             raise ValueError("the adapter is not merged")
         modules = dict(self.model.named_modules(remove_duplicate=False))
@@ -389,7 +397,8 @@ class Adapter:
     def _restore(self, site: Site) -> None:
         training = self.model.training
         for name, module in site.modules:
-            module.train(training)
+            if module.training != training:
+                module.train(training)
             self.model.set_submodule(name, module)
 
     # files

@@ -86,19 +86,24 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class Merge:
-    """Merged layers and the way back: the original storage, or a copy of it where something else looks at it too."""
+    """Merged layers and the way back: the original storage, or a copy of it where something else looks at it too; None where
+    the weights were merged in place."""
 
     sites: tuple[Site, ...]
-    originals: tuple[Tensor, ...]
+    originals: tuple[Tensor, ...] | None
     reports: tuple[SiteReport, ...]
     kept: bool
 
     def undo(self) -> None:
+        if self.originals is None:
+            raise ValueError("merged in place (reversible=False), the base weights are gone: load the base model again")
         for site, original in zip(self.sites, self.originals, strict=True):
             _set_weight(site.module.weight, original)
 
 
-def check_merge_options(tolerance: float | None, above: str) -> None:
+def check_merge_options(tolerance: float | None, above: str, reversible: bool) -> None:
+    if not reversible and tolerance is not None:
+        raise ValueError(f"tolerance={tolerance!r} needs the original weights where it is exceeded; merge with reversible=True")
     if above not in ABOVE:
         raise ValueError(f"above={above!r} is not one of {', '.join(map(repr, ABOVE))}")
     if tolerance is not None and not tolerance >= 0:
@@ -113,8 +118,8 @@ def merge_layers(
 
     workspace: bytes for the sums of one launch, as in `plan_deployment`
     """
-    items = [MergeItem(linear_weight(site.module), layer.lora_A, layer.lora_B, site.name) for site, layer in work]
-    weights, statistics = _merge_in_chunks(items, schedule_of(items, workspace))
+    items = _items(work)
+    weights, statistics = _merge_in_chunks(items, [torch.empty_like(item.weight) for item in items], workspace)
     reports = [_report(item, sums, tolerance) for item, sums in zip(items, statistics.tolist(), strict=True)]
     lossy = [(report, item.weight.dtype) for report, item in zip(reports, items, strict=True) if not report.merged]
     if lossy and above == "raise":
@@ -129,6 +134,22 @@ def merge_layers(
     return Merge(tuple(work[i][0] for i in done), originals, tuple(reports), kept=bool(lossy))
 
 
+@torch.no_grad()
+def merge_layers_in_place(work: Sequence[tuple[Site, LoraLayer]], workspace: int = WORKSPACE) -> Merge:
+    """As `merge_layers` without new memory and without a way back; a sum that is not finite raises when it is too late."""
+    items = _items(work)
+    _, statistics = _merge_in_chunks(items, [item.weight for item in items], workspace)
+    try:
+        reports = [_report(item, sums, None) for item, sums in zip(items, statistics.tolist(), strict=True)]
+    except ValueError as error:
+        raise ValueError(f"{error}; it was merged in place: load the base model again") from error
+    return Merge(tuple(site for site, _ in work), None, tuple(reports), kept=False)
+
+
+def _items(work: Sequence[tuple[Site, LoraLayer]]) -> list[MergeItem]:
+    return [MergeItem(linear_weight(site.module), layer.lora_A, layer.lora_B, site.name) for site, layer in work]
+
+
 def schedule_of(items: Sequence[MergeItem], workspace: int) -> MergeSchedule:
     """The launches of a merge: those a deployment plan has for these sites. Raises ValueError where one row is too much."""
     return merge_schedule([_shape(item) for item in items], workspace)
@@ -139,14 +160,16 @@ def _shape(item: MergeItem) -> SiteShape:
     return SiteShape(item.name, K, N, (item.lora_A.shape[0],), dtype)
 
 
-def _merge_in_chunks(items: Sequence[MergeItem], schedule: MergeSchedule) -> tuple[list[Tensor], Tensor]:
-    """As `merge_lora_group`, a launch a chunk."""
-    if len(schedule.chunks) == 1:
-        return merge_lora_group(items)
+def _merge_in_chunks(
+    items: Sequence[MergeItem], merged: Sequence[Tensor], workspace: int
+) -> tuple[Sequence[Tensor], Tensor]:
+    """As `merge_lora_group` into `merged`, a launch a chunk."""
+    chunks = schedule_of(items, workspace).chunks
+    if len(chunks) == 1:
+        return merge_lora_group(items, out=merged)
     index = {item.name: i for i, item in enumerate(items)}
-    merged = [torch.empty_like(item.weight) for item in items]
     statistics = torch.zeros(len(items), 3, dtype=torch.float64, device="cpu")
-    for chunk in schedule.chunks:
+    for chunk in chunks:
         sites = [index[piece.site] for piece in chunk.pieces]
         rows = [slice(piece.row_start, piece.row_stop) for piece in chunk.pieces]
         parts = [_rows(items[i], part) for i, part in zip(sites, rows, strict=True)]
@@ -156,6 +179,8 @@ def _merge_in_chunks(items: Sequence[MergeItem], schedule: MergeSchedule) -> tup
 
 
 def _rows(item: MergeItem, rows: slice) -> MergeItem:
+    if rows == slice(0, item.weight.shape[0]):
+        return item
     return MergeItem(item.weight[rows], item.lora_A, item.lora_B[rows], item.name)
 
 

@@ -152,10 +152,12 @@ def _launch(library: ctypes.CDLL, items: list[MergeItem], targets: list[Tensor],
         raise MemoryError(f"no memory to merge {len(items)} weights in")
 
 
-def _out_of_range(item: MergeItem, sums: Tensor) -> bool:
-    """Whether squares of the sums (3,) may have left fp32's range; at rank 0 two of them are 0."""
-    sums = sums if item.lora_A.shape[0] else sums[1:2]
-    return item.weight.numel() > 0 and not bool((sums.isfinite() & (sums >= LEAST_SQUARE * item.weight.numel())).all())
+def _out_of_range(items: Sequence[MergeItem], sums: Tensor) -> list[int]:
+    """Rows of sums (items, 3) whose squares may have left fp32's range; at rank 0 two of them are 0."""
+    counts = torch.tensor([item.weight.numel() for item in items], dtype=torch.float64)[:, None]
+    ranked = torch.tensor([item.lora_A.shape[0] > 0 for item in items])[:, None]
+    usual = sums.isfinite() & ((sums >= LEAST_SQUARE * counts) | ~ranked)
+    return (~usual.all(1)).nonzero().flatten().tolist()
 
 
 @torch.no_grad()
@@ -182,9 +184,10 @@ def merge_lora_group(
         part = torch.empty(len(chosen), 3, dtype=torch.float64, device="cpu") if statistics else None
         _launch(library, [items[i] for i in chosen], [targets[i] for i in chosen], part)
         if sums is not None:
-            for i, row in zip(chosen, part, strict=True):
-                again = _out_of_range(items[i], row) and targets[i].data_ptr() != items[i].weight.data_ptr()
-                sums[i] = _statistics_ref(items[i], targets[i]) if again else row
+            for k in _out_of_range([items[i] for i in chosen], part):
+                if targets[chosen[k]].data_ptr() != items[chosen[k]].weight.data_ptr():
+                    part[k] = _statistics_ref(items[chosen[k]], targets[chosen[k]])
+            sums[chosen] = part
         if out is not None:
             torch.autograd.graph.increment_version([targets[i] for i in chosen])
     for i in sorted(set(range(len(items))) - set(chosen)):

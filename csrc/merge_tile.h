@@ -131,8 +131,8 @@ COBRA_INLINE void merge_format(const Tile& tile, float* right, float* left, doub
   using Number = typename Format::Number;
   const Site& site = *tile.site;
   const int64_t rank = site.rank, from = site.weight_stride, to = site.out_stride;
-  // whole lines of 64 bytes only, or memory is read to fill them; not over what is in a cache because it was just read
-  const bool streams = site.out != site.weight && PANEL * sizeof(Number) % 64 == 0 && uintptr_t(site.out) % 64 == 0 &&
+  // whole lines of 64 bytes only, or memory is read to fill them
+  const bool streams = PANEL * sizeof(Number) % 64 == 0 && uintptr_t(site.out) % 64 == 0 &&
                        to * sizeof(Number) % 64 == 0;
   const auto merge_whole = streams ? merge_block<Format, STATISTICS, true> : merge_block<Format, STATISTICS, false>;
   double sums[SUMS] = {};

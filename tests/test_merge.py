@@ -54,6 +54,31 @@ def test_merge_of_a_diverged_adapter_changes_nothing():
     assert all(torch.equal(value.nan_to_num(), weights[name].nan_to_num()) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("build", [vit, gpt2], ids=["linear", "Conv1D"])
+def test_merged_in_place(build):
+    """The same bits and report as with a way back, in the memory that the weights had; and no way back."""
+    model, adapter = attached(build)
+    stir(adapter)
+    report, expected = adapter.merge(), copy.deepcopy(model.state_dict())
+    adapter.unmerge()
+    places = {name: p.data_ptr() for name, p in model.named_parameters() if "lora_" not in name}
+    assert adapter.merge(reversible=False) == report
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == places
+    for call in (adapter.unmerge, adapter.detach):
+        with pytest.raises(ValueError, match=r"in place .*load the base model again"):
+            call()
+
+
+def test_a_diverged_adapter_in_place_says_what_is_lost():
+    _, adapter = attached()
+    stir(adapter)
+    with torch.no_grad():
+        layers_of(adapter)[5].lora_B[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"mlp\.fc2: the merged weight is not finite .*load the base model again"):
+        adapter.merge(reversible=False)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_follows_through_a_merge(training):
     """model.eval() while merged holds after unmerge: evaluation must never see noise, nor training go without."""
@@ -145,7 +170,12 @@ def test_a_tolerance_that_raises_merges_nothing():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"above": "skip"}, "above='skip' is not one of"), ({"tolerance": -1}, "at least 0")]
+    ("options", "message"),
+    [
+        ({"above": "skip"}, "above='skip' is not one of"),
+        ({"tolerance": -1}, "at least 0"),
+        ({"tolerance": 0.1, "reversible": False}, r"tolerance=0\.1 needs the original weights .* reversible=True"),
+    ],
 )
 def test_unknown_options(options, message):
     _, adapter = attached()

@@ -45,7 +45,7 @@ def merge_folders(
         raise ValueError(
             f"{error} (the base was loaded as {kind}; if the adapter is of another class, name it: --architecture)"
         ) from error
-    report = adapter.merge(tolerance=tolerance)
+    report = adapter.merge(tolerance=tolerance, reversible=tolerance is not None)
     with storage.new_folder(out) as fresh:
         model.save_pretrained(fresh)
         for path in sorted({path for pattern in BESIDE for path in base.glob(pattern) if path.is_file()}):
