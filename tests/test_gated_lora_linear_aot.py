@@ -77,7 +77,30 @@ def without_products(arch):
     yield case("columns", small._columns_kernel, config, ("small_ptr", "out_ptr"), "fp32", arch, constants=constants)
 
 
+def ones(arch):
+    """Triton makes constants of sizes that are 1: one token, one rank, one plane."""
+    small_config = configs.SmallConfig()
+    shrink, base = configs.pick_shrink_config(1, 16, False), configs.pick_base_config(1, 1, 16, False, arch)
+    tokens, rows = configs.pick_tokens_config(16, False, True, arch), configs.pick_rows_config(16)
+    yield case(
+        "one-shrink", products._shrink_kernel, shrink, ("x_ptr", "p_ptr", "h_ptr"), "fp32", arch, constants={"M": 1, "K": 1}
+    )
+    operands, constants = ("x_ptr", "w_ptr", "h_ptr", "f_ptr", "bias_ptr", "y_ptr"), {"M": 1, "N": 1, "K": 1, "HAS_BIAS": True}
+    yield case("one-base", products._base_kernel, base, operands, "fp32", arch, constants=constants)
+    constants = {"M": 1, "N": 1, "CLOSED": 1, "WITH_G": True}
+    yield case("one-tokens", products._tokens_kernel, tokens, ("x_ptr", "h_ptr", "p_ptr"), "fp32", arch, constants=constants)
+    constants = {"M": 1, "r": 1, "planes": 1, "GATED": True, "WITH_DZ": True}
+    yield case("one-rows", products._rows_kernel, rows, ("h_ptr", "out_ptr", "gated_ptr"), "fp32", arch, constants=constants)
+    for kind in ("given", "sampled"):
+        constants = {"K": 1, "N": 1, "r": 1, "GATES": kind, "KEEP_CLOSED": False, "FOLD_A": False, "BLOCK_R": 16}
+        operands = ("a_ptr", "b_ptr", "packed_a_ptr", "packed_b_ptr")
+        yield case(f"one-fold-{kind}", small._fold_kernel, small_config, operands, "fp32", arch, constants=constants)
+    constants = {"N": 1, "planes": 1, "CLOSED": 1, "WITH_DZ": True}
+    yield case("one-columns", small._columns_kernel, small_config, ("small_ptr", "out_ptr"), "fp32", arch, constants=constants)
+
+
 CASES = [case for arch in aot.SHARED_MEMORY for family in (shrinks, bases, tokens, without_products) for case in family(arch)]
+CASES += list(ones(90))
 
 
 @pytest.mark.parametrize(("kernel", "config", "types", "constants", "arch", "wide"), CASES)
@@ -89,6 +112,6 @@ def test_fits_and_does_not_spill(kernel, config, types, constants, arch, wide, t
 
 @pytest.mark.parametrize("arch", aot.SHARED_MEMORY)
 def test_gradient_of_the_gates_fits(arch, tmp_path):
-    constants = {"SAMPLED": True, "ROWS": configs.SmallConfig().ROWS}
+    constants = {"SAMPLED": True, "tiles": 1, "ROWS": configs.SmallConfig().ROWS}
     options = {"aligned": True, "tensor_cores": False, "num_warps": 4, "num_stages": 1}
     aot.assert_fits(small._dz_kernel, TYPES, constants, arch, tmp_path, **options)

@@ -133,14 +133,14 @@ def test_nothing_open_is_the_base_layer():
     assert torch.equal(fused(**inputs), fused(**other | {name: inputs[name] for name in ("x", "weight", "bias")}))
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
-def test_token_gates_that_are_closed_reach_nothing():
-    """A token's closed gate hides what overflowed in that token's h."""
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_a_tokens_closed_gates_are_selected_away():
+    """Of h and of g; A itself is still multiplied into dx, because another token's gate may be open."""
     inputs = make((5,), 32, 48, 6, gates="token", dtype=torch.float16)
-    inputs["lora_A"][2] = 60_000
     inputs["z"][:, 2] = 0
+    inputs["lora_A"][2] = float("nan")
     found = output_and_gradients(fused, inputs)
-    assert found["y"].isfinite().all() and found["dlora_B"].isfinite().all() and found["dx"].isfinite().all()
+    assert all(found[name].isfinite().all() for name in ("y", "dlora_A", "dlora_B"))
 
 
 @pytest.mark.parametrize("pattern", ["mixed", "open", "closed", "one open", "one closed"])
