@@ -84,7 +84,7 @@ def test_run_folder(folders, texts, tmp_path):
     assert result.exit_code == 0 and result.stderr == "", result.output
     assert "critic, classification, 10 steps" in result.stdout and result.stdout.rstrip().endswith("index.html")
     found = Run.load(out)
-    assert not found.missing and set(found.files) == set(FILES) and found.cut == 7
+    assert not found.missing and set(found.files) == set(FILES) and found.cut == 6
     assert found.plan.total == 20 and [row["step"] for row in found.history] == list(range(1, 11))
     assert [*found.gates] == list(range(7)) and found.metrics["examples"] == 2
     assert "Gates over training" in (out / "report" / "index.html").read_text(encoding="utf-8")
