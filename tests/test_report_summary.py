@@ -53,7 +53,8 @@ def test_cards_of_what_is_there(tmp_path):
         (
             4,
             {},
-            "8 ranks went to 2 of 2 layers. 2 layers are full: they could take more under a larger r_max and budget.",
+            "8 ranks went to 2 of 2 layers. 2 layers keep every gate: under a larger r_max and budget more ranks might go "
+            "there.",
         ),
     ],
     ids=["less", "whole", "unknown", "none", "all full"],

@@ -71,6 +71,7 @@ svg *{stroke-linejoin:round;stroke-linecap:butt}
 svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif!important}
 details{margin-top:.5rem}
 summary{cursor:pointer;padding:.15rem 0}
+.table{margin-top:.5rem}
 details .table{max-height:30rem}
 table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
 caption{position:absolute;clip-path:inset(50%)}

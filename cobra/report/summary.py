@@ -145,10 +145,8 @@ def _spent(plan: RankPlan) -> str:
     if empty:
         text += f"; the other {empty:,} {'is' if empty == 1 else 'are'} as in the base model"
     if full:
-        more = "it could take" if len(full) == 1 else "they could take"
-        text += f". {count(len(full), 'layer')} {'is' if len(full) == 1 else 'are'} full: {more} more under a larger r_max"
-        if len(full) == len(ranks):
-            text += " and budget"
+        text += f". {count(len(full), 'layer')} {'keeps' if len(full) == 1 else 'keep'} every gate: under a larger r_max"
+        text += f"{' and budget' if len(full) == len(ranks) else ''} more ranks might go there"
     return text + "."
 
 
