@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,6 +259,7 @@ class Adapter:
         if optimizer is not None:
             shrink.check_optimizer(optimizer)
         removed: list[nn.Parameter] = []
+        dropped: list[Site] = []
         for group, site in zip(self.groups, plan.sites, strict=True):
             if group.gate is not None:
                 removed.append(group.gate)
@@ -267,8 +268,9 @@ class Adapter:
                     shrink.shrink_layers(layers, site, plan.fold, optimizer)
                 else:
                     removed += [layers[0].lora_A, layers[0].lora_B]
-                    self._restore(base)
-                    self._dropped.append(base)
+                    dropped.append(base)
+        self._restore(dropped)
+        self._dropped += dropped
         if optimizer is not None:
             shrink.forget(optimizer, removed)
         self.groups = [group for group, site in zip(self.groups, plan.sites, strict=True) if site.kept]
@@ -338,8 +340,7 @@ class Adapter:
         }
         layers = list(work.values())
         merged = merge_layers(layers, tolerance, above, workspace) if reversible else merge_layers_in_place(layers, workspace)
-        for site in merged.sites:
-            self._restore(site)
+        self._restore(merged.sites)
         self._set_nested_tensors(not merged.kept)
         self._merged, self._mode_at_merge = merged, self.model.training
         moved = None if before is None else (probe_outputs(self.model, probe) - before).abs().max().item()
@@ -378,9 +379,7 @@ class Adapter:
         distributed.check_whole(self.state_dict(), "detach()")
         if self._merged is not None:
             self.unmerge()
-        for group in self.groups:
-            for site in group.sites:
-                self._restore(site)
+        self._restore(site for group in self.groups for site in group.sites)
         self._set_nested_tensors(True)
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in self._trainable_before)
@@ -394,12 +393,13 @@ class Adapter:
         for encoder in self._nesting:
             encoder.use_nested_tensor = allowed
 
-    def _restore(self, site: Site) -> None:
-        training = self.model.training
-        for name, module in site.modules:
+    def _restore(self, sites: Iterable[Site]) -> None:
+        training, parents = self.model.training, dict(self.model.named_modules(remove_duplicate=False))
+        for name, module in (named for site in sites for named in site.modules):
             if module.training != training:
                 module.train(training)
-            self.model.set_submodule(name, module)
+            path, _, leaf = name.rpartition(".")
+            setattr(parents[path], leaf, module)
 
     # files
 
