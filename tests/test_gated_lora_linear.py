@@ -1,11 +1,13 @@
+import sys
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cobra_kernels import gated_lora_linear, gated_lora_linear_ref, sample_gates, testing
+from cobra_kernels import ConcreteSample, gated_lora_linear, gated_lora_linear_ref, sample_gates, testing
 from cobra_kernels.testing import assert_within_budget, make_inputs
 
 SCALING = 1.7
@@ -173,6 +175,40 @@ def test_checkpointing_gives_the_same_bits():
     inputs["logits"] = logits
     plain, twice = (output_and_gradients(function, inputs) for function in (layer, recomputed))
     assert all(torch.equal(plain[name], twice[name]) for name in plain)
+
+
+def test_gates_drawn_inside_are_those_of_sample_gates():
+    """To the bit, and so are the gradients of their logits."""
+    inputs = make_inputs(*MIDDLE, gates=None) | {"logits": torch.linspace(-2, 2, 6)}
+
+    def inside(logits, **operands):
+        return gated_lora_linear(z=ConcreteSample(logits, 2**63 + 3, 5, 2, torch.tensor(0.5)), **operands)
+
+    def before(logits, **operands):
+        z = sample_gates(logits[None], seed=2**63 + 3, step=5, temperature=0.5, first_site=2)[0]
+        return gated_lora_linear(z=z, **operands)
+
+    drawn, given = (output_and_gradients(function, inputs) for function in (inside, before))
+    assert all(torch.equal(drawn[name], given[name]) for name in given)
+
+
+def test_triton_raises_where_it_cannot_run(monkeypatch):
+    """An explicit request never falls back in silence."""
+    inputs = make_inputs(*MIDDLE)
+    with pytest.raises(ValueError, match="no backend 'cuda'; there are 'torch' and 'triton'"):
+        gated_lora_linear(**inputs, backend="cuda")
+    if find_spec("triton"):
+        with pytest.raises(RuntimeError, match="needs a CUDA device, and x is on cpu"):
+            gated_lora_linear(**inputs, backend="triton")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(RuntimeError, match="needs the package triton"):
+        gated_lora_linear(**inputs, backend="triton")
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_torch_is_the_default(backend):
+    inputs = make_inputs(*MIDDLE)
+    assert torch.equal(gated_lora_linear(**inputs, backend=backend), gated_lora_linear(**inputs))
 
 
 @pytest.mark.parametrize(
