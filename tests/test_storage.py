@@ -219,7 +219,7 @@ def test_killed_at_any_time(tmp_path):
 
 
 def test_a_log_keeps_its_lines(tmp_path):
-    """What training appends: a full disk or a kill costs the last line, and the report says so (tests/test_report.py)."""
+    """What training appends: a full disk or a kill costs the last line, and the report says so (tests/test_report_run.py)."""
     for step in range(3):
         append_step(tmp_path, step, nll=float(step))
     path = tmp_path / "history.jsonl"
