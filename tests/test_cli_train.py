@@ -1,5 +1,6 @@
 """`cobra train` as a shell calls it: every task, and whatever ends a run, it goes on with the same bits."""
 
+import gc
 import json
 import os
 import signal
@@ -42,6 +43,14 @@ def done(*arguments) -> dict:
     result = run(*arguments, "--json")
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap():
+    """Every training starts with a full garbage collection: of all that other tests have left, it takes longer than the rest."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

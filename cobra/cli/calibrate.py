@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -42,10 +43,9 @@ def calibrate(
     for layer in found["layers"]:
         table.add_row(layer["name"], f"{layer['contribution']:.3g}", f"{layer['gradient']:.3g}", f"{layer['prior']:.2%}")
     Console().print(table)
-    typer.echo(
-        f"Along the path the attributions miss F(x) - F(x0) by {found['completeness']['path']:.1%}.\n"
-        f"{found['scores']}; ranks from it: {found['plan']}"
-    )
+    residual = found["completeness"]["path"]
+    missed = "F(x) - F(x0) is 0" if residual is None else f"the attributions miss F(x) - F(x0) by {residual:.1%}"
+    typer.echo(f"Along the path {missed}.\n{found['scores']}; ranks from it: {found['plan']}")
 
 
 def run_calibration(settings: CalibrateSettings) -> dict:
@@ -73,7 +73,7 @@ def run_calibration(settings: CalibrateSettings) -> dict:
         "model": subject.words,
         "task": subject.task,
         "examples": scores.settings["examples"],
-        "completeness": asdict(scores.completeness),
+        "completeness": {k: v if math.isfinite(v) else None for k, v in asdict(scores.completeness).items()},
         "unused": scores.unused,
         "layers": [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)],
         "plan": shlex.join(["cobra", "plan", settings.out, "--budget", str(AVERAGE_RANK * len(scores.sites))]),

@@ -107,7 +107,7 @@ def _run(
         "ranks": adapter.plan.total,
         "layers": {"all": len(adapter.plan.ranks), "without rank": sum(not r for r in adapter.plan.ranks.values())},
         "parameters": adapter.trainable_parameters(),
-        "path residual": None if scores is None else scores.completeness.path,
+        "path residual": scores.completeness.path if scores is not None and scores.completeness.change else None,
         "notes": notes,
     }
     if settings.merge:
