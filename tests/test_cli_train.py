@@ -47,7 +47,7 @@ def done(*arguments) -> dict:
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen_heap():
-    """Every training starts with a full garbage collection: of all that other tests have left, it takes longer than the rest."""
+    """Every training starts with a full garbage collection: of all that other tests left, it takes longer than the rest."""
     gc.freeze()
     yield
     gc.unfreeze()
