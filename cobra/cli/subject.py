@@ -9,7 +9,10 @@ Model, ForMaskedLM, others      encoder          the encoder with mean pooling a
 
 from __future__ import annotations
 
+import io
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,7 +106,8 @@ class Source:
         else:
             options = {"gguf_file": self.gguf} if self.gguf else {}
             try:
-                model = built.from_pretrained(self.folder, dtype=torch.float32, local_files_only=True, **options)
+                with quiet_bars():
+                    model = built.from_pretrained(self.folder, dtype=torch.float32, local_files_only=True, **options)
             except OSError as error:
                 raise ValueError(f"{self.folder} holds no weights that load: {_first_line(error)}") from error
             as_plain(model)
@@ -112,6 +116,13 @@ class Source:
             if isinstance(getattr(model, "pooler", None), nn.Module):
                 model.pooler = None  # mean pooling takes its place
         return model.eval()
+
+
+@contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Outside terminals, without the bar that transformers draws over a GGUF file whatever it was told."""
+    with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+        yield
 
 
 def as_plain(model: nn.Module) -> None:

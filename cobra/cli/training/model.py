@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from cobra.cli.encoder import fit_linear, load_encoder
-from cobra.cli.subject import Source, as_plain
+from cobra.cli.subject import Source, as_plain, quiet_bars
 from cobra.cli.training.data import Targets
 from cobra.progress import Progress
 
@@ -38,9 +38,10 @@ def load_model(name: str, source: Source, targets: Targets, seed: int) -> nn.Mod
 def _with_new_head(source: Source, outputs: int) -> nn.Module:
     options = {"gguf_file": source.gguf} if source.gguf else {}
     try:
-        return AutoModelForSequenceClassification.from_pretrained(
-            source.folder, num_labels=outputs, dtype=torch.float32, local_files_only=True, **options
-        )
+        with quiet_bars():
+            return AutoModelForSequenceClassification.from_pretrained(
+                source.folder, num_labels=outputs, dtype=torch.float32, local_files_only=True, **options
+            )
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(
