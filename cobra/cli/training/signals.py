@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -59,3 +60,4 @@ class Interruption:
         self.number = number
         if not self._deferred:
             raise Interrupted(number)
+        os.write(2, b"finishing the step; a second signal ends at once\n")  # a handler must not wait for a stream's lock
