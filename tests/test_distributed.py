@@ -222,7 +222,7 @@ def accelerated(rank: int, ranks: int = RANKS) -> dict:
 
 
 def in_a_trainer(rank: int, ranks: int = RANKS) -> dict:
-    """CobraCallback under DDP, in fp64, cut at the end; then from its checkpoint of the search; then a cut in the middle."""
+    """CobraCallback under DDP, in fp64: the cut in the middle or last, from checkpoints, in micro-batches."""
     from transformers import Trainer, TrainingArguments
 
     from cobra.integrations.transformers import CobraCallback
@@ -231,7 +231,7 @@ def in_a_trainer(rank: int, ranks: int = RANKS) -> dict:
     data = image_batch(16)
     images = [{"pixel_values": x.double(), "labels": y} for x, y in zip(data["pixel_values"], data["labels"], strict=True)]
 
-    def run(resume=None, parts: int = 1, search_share: float = 1.0):
+    def run(resume=None, parts: int = 1, search_share: float = 0.5, save: str = "no"):
         model = vit().double()
         adapter = cobra.attach(model, cobra.CobraConfig.preset("paper", **CONFIG))
         arguments = TrainingArguments(
@@ -242,7 +242,8 @@ def in_a_trainer(rank: int, ranks: int = RANKS) -> dict:
             train_sampling_strategy="sequential",
             learning_rate=1e-2,
             logging_steps=1,
-            save_steps=2,
+            save_strategy=save,
+            save_steps=1,
             report_to="none",
             use_cpu=True,
             disable_tqdm=True,
@@ -255,17 +256,44 @@ def in_a_trainer(rank: int, ranks: int = RANKS) -> dict:
             "state": {name: tensor.detach() for name, tensor in adapter.state_dict().items()},
         }
 
+    found = {"straight": run(save="steps"), "cut last": run(search_share=1.0)}
+    if ranks == 1:
+        return found
+    resumed = {f"from step {step}": run(resume=str(folder / f"checkpoint-{step}")) for step in (1, 3)}
+    return found | resumed | {"accumulated": run(parts=2)}
+
+
+def wrapped_anew(rank: int) -> dict:
+    """A wrapper over parameters that were exchanged: it averages their gradients, and its settings and hook stay."""
+    from cobra.integrations.ddp import rewrap
+
+    def doubled(state, bucket):
+        summed = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return summed.then(lambda done: done.value()[0])
+
+    torch.manual_seed(0)
+    wrapper = DistributedDataParallel(
+        Mlp(), find_unused_parameters=True, gradient_as_bucket_view=True, bucket_cap_mb=1, broadcast_buffers=False
+    )
+    wrapper.register_comm_hook(None, doubled)
+    wrapper.eval()
+    head = wrapper.module.classifier
+    wrapper.module.up = torch.nn.Linear(6, 10)
+    rewrap(wrapper)
+    wrapper(torch.full((2, 6), float(rank + 1))).sum().backward()
     return {
-        "straight": run(),
-        "resumed": run(resume=str(folder / "checkpoint-2")),
-        "accumulated": run(parts=2),
-        "cut in the middle": refusal(lambda: run(search_share=0.5)),
+        "module": wrapper.module.classifier is head,
+        "training": wrapper.training,
+        "settings": [wrapper.find_unused_parameters, wrapper.gradient_as_bucket_view, wrapper.bucket_bytes_cap],
+        "gradient": wrapper.module.up.weight.grad,
+        "head": head.weight.grad,
+        "weight": wrapper.module.up.weight.detach(),
     }
 
 
 # the two processes
 
-PARTS = (calibrations, faulty_calibrations, life, unwrapped, fsdp2, fsdp2_precisions, accelerated, in_a_trainer)
+PARTS = (calibrations, faulty_calibrations, life, unwrapped, fsdp2, fsdp2_precisions, accelerated, in_a_trainer, wrapped_anew)
 
 
 def work(rank: int, folder: Path, port: int) -> None:
@@ -417,21 +445,37 @@ def test_accelerate_trains_like_one_process(ran):
 
 
 def test_the_trainer_under_ddp_trains_like_one_process(ran, tmp_path, monkeypatch):
-    """Ranks, posteriors within 1e-8 and matrices within 1e-6 of one process's, whole and in two micro-batches; both processes
-    and a resumed run hold the same bits."""
+    """Ranks, posteriors within 1e-8 and matrices within 1e-6 of one process's, over search, cut and the steps after it; both
+    processes, and resumed runs, hold the same bits."""
     monkeypatch.setenv("COBRA_TEST_FOLDER", str(tmp_path))
-    expected = in_a_trainer(0, 1)["straight"]
+    alone = in_a_trainer(0, 1)
     first, second = ran(in_a_trainer)
-    for name in ("straight", "accumulated"):
-        assert first[name]["ranks"] == expected["ranks"] and len(set(expected["ranks"].values())) > 1
-        for found, wanted in zip(first[name]["posterior"], expected["posterior"], strict=True):
-            close(found, wanted, 1e-8)
+    for name, found in first.items():
+        expected = alone.get(name, alone["straight"])
+        assert found["ranks"] == expected["ranks"] and len(set(expected["ranks"].values())) > 1
+        for posterior, wanted in zip(found["posterior"], expected["posterior"], strict=True):
+            close(posterior, wanted, 1e-8)
         for key, tensor in expected["state"].items():
-            close(first[name]["state"][key], tensor, 1e-6)
-    for name in ("straight", "accumulated", "resumed"):
-        assert all(torch.equal(first[name]["state"][key], tensor) for key, tensor in second[name]["state"].items())
-    assert all(torch.equal(first["resumed"]["state"][key], tensor) for key, tensor in first["straight"]["state"].items())
-    assert "DDP cannot follow a cut in the middle of training; search to the end" in first["cut in the middle"]
+            close(found["state"][key], tensor, 1e-6)
+            assert torch.equal(found["state"][key], second[name]["state"][key])
+    for name in ("from step 1", "from step 3"):  # in the search, after the cut
+        assert all(torch.equal(first[name]["state"][key], tensor) for key, tensor in first["straight"]["state"].items())
+
+
+def test_a_wrapper_made_anew_in_place(ran):
+    """New and old parameters have the hook's sum of both processes' gradients, once."""
+    first, second = ran(wrapped_anew)
+    for part in (first, second):
+        assert part["module"] and not part["training"] and part["settings"] == [True, True, 2**20]
+        for name in ("gradient", "head", "weight"):
+            assert torch.equal(part[name], first[name])
+    torch.manual_seed(0)
+    model = Mlp()
+    model.up = torch.nn.Linear(6, 10)
+    assert torch.equal(first["weight"], model.up.weight)
+    sum(model(torch.full((2, 6), float(rank + 1))).sum() for rank in range(RANKS)).backward()
+    close(first["gradient"], model.up.weight.grad)
+    close(first["head"], model.classifier.weight.grad)
 
 
 # torchrun

@@ -282,20 +282,21 @@ def on_a_rank(rank: int, folder: Path, port: int) -> None:
     """One of two processes that share every batch."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    _, adapter = trained(folder, callbacks=[CobraCallback(search_share=1.0)], per_device_train_batch_size=BATCH // 2)
+    _, adapter = trained(folder, per_device_train_batch_size=BATCH // 2)
     torch.save({"ranks": adapter.plan.ranks, "tensors": tensors(adapter)}, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path):
-    """Texts of different lengths on each: the loss counts the tokens of both, and the KL counts once."""
+    """Over search, cut and the steps after it, texts of different lengths on each: the loss counts the tokens of both, and the
+    KL counts once."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     multiprocessing.spawn(on_a_rank, (tmp_path, port), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    _, adapter = trained(tmp_path, callbacks=[CobraCallback(search_share=1.0)])
+    _, adapter = trained(tmp_path)
     assert first["ranks"] == second["ranks"] == adapter.plan.ranks
     assert same(first["tensors"], second["tensors"])
     for found, expected in zip(first["tensors"], tensors(adapter), strict=True):

@@ -38,10 +38,10 @@ def find_adapter(model: nn.Module) -> Adapter:
 def check_devices(args, search_share: float) -> None:
     if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
         raise ValueError("CobraCallback works on one device or under DDP: take deepspeed= and fsdp= out of the arguments")
-    if args.world_size > 1 and search_share < 1:
+    if args.world_size > 1 and search_share < 1 and getattr(args, "torch_compile", False):
         raise ValueError(
-            f"{args.world_size} processes and search_share={search_share}: DDP cannot follow a cut in the middle of training; "
-            "search to the end (search_share=1.0)"
+            f"{args.world_size} processes, torch_compile and search_share={search_share}: a compiled wrapper cannot follow a "
+            "cut in the middle of training; search to the end (search_share=1.0), or leave torch_compile out"
         )
 
 

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cobra import checkpoint, storage
 from cobra.adapter import Adapter
 from cobra.integrations.checks import check_devices, check_trained, find_adapter, refuse_peft, torch_optimizer
+from cobra.integrations.ddp import rewrap
 from cobra.integrations.hooks import StepHooks
 from cobra.plan import RankPlan
 
@@ -170,6 +172,8 @@ class CobraCallback(TrainerCallback):
             )
         self._set_length()
         self._load(path, self._optimizer)
+        if self.plan is not None:
+            _rewrap_model()
 
     def _load(self, path: Path, optimizer: Optimizer | None = None) -> None:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
@@ -195,6 +199,7 @@ class CobraCallback(TrainerCallback):
             )
         self.adapter.apply(self.adapter.extract(), self._optimizer)
         self._hooks.watch()
+        _rewrap_model()
         # models from before the cut are above the budget: none of them can be the best
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
@@ -218,6 +223,13 @@ def _calling(name: str, kind: type | tuple[type, ...] = (str, os.PathLike)):
     if frame is None:
         raise RuntimeError(f"no Trainer calls, or one without {name!r}: CobraCallback is for transformers' Trainer")
     return frame.f_locals[name]
+
+
+def _rewrap_model() -> None:
+    """After a cut: the Trainer's DistributedDataParallel holds the parameters from before it."""
+    wrapped = _calling("self", Trainer).model_wrapped
+    if isinstance(wrapped, DistributedDataParallel):
+        rewrap(wrapped)
 
 
 def _gate_metrics(adapter: Adapter) -> dict[str, float]:
