@@ -1,6 +1,7 @@
 """CobraCallback in trl's SFTTrainer: the Trainer's and the custom loop's results, accumulation, resuming, what SFTTrainer turns
-on by itself (activation checkpointing, bf16, a fused language head), packing, assistant-only loss, and peft beside COBRA."""
+on by itself (activation checkpointing, bf16, a fused language head), packing, assistant-only loss, peft beside COBRA; and DPOTrainer."""
 
+import math
 import os
 import socket
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import cobra
 from cobra.integrations.transformers import CobraCallback
@@ -276,6 +277,24 @@ def test_what_was_trained_merges(plain, tmp_path):
         adapter.merge()
         torch.testing.assert_close(model(**batch).logits, before, rtol=1e-4, atol=1e-4)
     assert {type(m).__name__ for m in model.modules() if isinstance(m, torch.nn.Linear)} == {"Linear"}
+
+
+def test_dpo(tmp_path):
+    """Beside the base model as the reference: the first loss is that of two equal models, and pairs come apart."""
+    pairs = [{"prompt": "w1 w2 w3", "chosen": "w4 w5", "rejected": "w6 w7 w8"}] * 16
+    model, adapter = attached(torch.float32)
+    trainer = DPOTrainer(
+        model,
+        ref_model=llama(torch.float32),
+        args=DPOConfig(str(tmp_path), **ARGUMENTS),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=words_tokenizer(),
+        callbacks=[CobraCallback()],
+    )
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-6) and losses[-1] < losses[0] - 0.03
+    assert adapter.plan.total == CONFIG["rank_budget"] and logged(trainer, "rewards/margins")[-1] > 0
 
 
 def on_a_rank(rank: int, folder: Path, port: int) -> None:
