@@ -1,5 +1,6 @@
 """CobraCallback in trl's SFTTrainer: the Trainer's and the custom loop's results, accumulation, resuming, what SFTTrainer turns
-on by itself (activation checkpointing, bf16, a fused language head), packing, assistant-only loss, peft beside COBRA; and DPOTrainer."""
+on by itself (activation checkpointing, bf16, a fused language head), packing, assistant-only loss, peft beside COBRA; and in
+DPOTrainer."""
 
 import math
 import os
