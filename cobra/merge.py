@@ -160,9 +160,7 @@ def _shape(item: MergeItem) -> SiteShape:
     return SiteShape(item.name, K, N, (item.lora_A.shape[0],), dtype)
 
 
-def _merge_in_chunks(
-    items: Sequence[MergeItem], merged: Sequence[Tensor], workspace: int
-) -> tuple[Sequence[Tensor], Tensor]:
+def _merge_in_chunks(items: Sequence[MergeItem], merged: Sequence[Tensor], workspace: int) -> tuple[Sequence[Tensor], Tensor]:
     """As `merge_lora_group` into `merged`, a launch a chunk."""
     chunks = schedule_of(items, workspace).chunks
     if len(chunks) == 1:
