@@ -69,12 +69,15 @@ def fit_head(model: MeanPoolClassifier, batches) -> None:
     fit_linear(model.classifier, *_all_features(model, batches))
 
 
-def fit_linear(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
-    """Logistic regression where labels are whole numbers, ridge regression where they are real."""
-    (_fit_ridge if labels.is_floating_point() else _fit_logistic)(head, features, labels)
+def fit_linear(head: nn.Linear, features: Tensor, labels: Tensor, weight_decay: float = 1e-4) -> None:
+    """Logistic regression where labels are whole numbers, with this decay; ridge regression where they are real."""
+    if labels.is_floating_point():
+        _fit_ridge(head, features, labels)
+    else:
+        _fit_logistic(head, features, labels, weight_decay)
 
 
-def _fit_logistic(head: nn.Linear, features: Tensor, labels: Tensor, weight_decay: float = 1e-4) -> None:
+def _fit_logistic(head: nn.Linear, features: Tensor, labels: Tensor, weight_decay: float) -> None:
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():

@@ -15,6 +15,7 @@ from cobra.cli.training.data import Targets
 from cobra.progress import Progress
 
 HEAD_EXAMPLES = 2000
+HEAD_DECAY = 3e-3  # a head that knows its rows by heart leaves the adapter nothing to learn from them
 
 
 def load_model(name: str, source: Source, targets: Targets, seed: int) -> nn.Module:
@@ -66,5 +67,5 @@ def fit_new_head(model: nn.Module, outputs: int, batches: Sequence[dict[str, Ten
                     return False
     finally:
         handle.remove()
-    fit_linear(head, torch.cat(seen), torch.cat(labels))
+    fit_linear(head, torch.cat(seen), torch.cat(labels), HEAD_DECAY)
     return True
