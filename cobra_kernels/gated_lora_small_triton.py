@@ -73,7 +73,7 @@ def _pack(
     ptrs = small_ptr + source[:, None].to(tl.int64) * stride_rank + offs[None, :] * stride_col
     values = tl.load(ptrs, mask=mask & (source >= 0)[:, None], other=0.0)
     if FOLD:
-        values = tl.where((factor != 0)[:, None], values.to(tl.float32) * factor[:, None], 0.0)
+        values = values.to(tl.float32) * factor[:, None]
     out_ptrs = out_ptr + lanes[:, None].to(tl.int64) * width + offs[None, :]
     tl.store(out_ptrs, values.to(out_ptr.dtype.element_ty), mask=mask & (lanes >= 0)[:, None])
 
@@ -139,7 +139,7 @@ def _fold_kernel(
             if tl.program_id(0) == 0:
                 tl.store(extent_ptr, open_end)
                 tl.store(extent_ptr + 1, end if KEEP_CLOSED else open_end)
-    factor = tl.where(source >= 0, z * scaling, 0.0)
+    factor = z * scaling
     tiles_of_a = (K + COLUMNS - 1) // COLUMNS
     if tile < tiles_of_a:
         _pack(a_ptr, packed_a_ptr, source, lanes, factor, tile, K, stride_ar, stride_ak, COLUMNS, FOLD_A)

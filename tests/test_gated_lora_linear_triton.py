@@ -7,9 +7,8 @@ import pytest
 import torch
 from interpreter import interpreted_copy
 
+from cobra_kernels import ConcreteSample, gated_lora_linear, gated_lora_linear_ref, sample_gates
 from cobra_kernels import gated_lora_configs as configs
-from cobra_kernels import gated_lora_linear, gated_lora_linear_ref, sample_gates
-from cobra_kernels.gated_lora_linear import ConcreteSample
 from cobra_kernels.testing import assert_all_within_budget, make_inputs, output_and_gradients
 
 SCALING = 1.7
