@@ -10,8 +10,8 @@ COBRA Eq. (3); LoRA (Hu et al. 2022) is z = 1. Saved for backward: x, h and the 
 into the small operand (B forward, A backward) and dz is read off dB, so nothing of the size (tokens, r) is scaled.
 Gradients reach x, A, B, z, and W and b if they require them. Double backward is not supported.
 
-The Triton path selects closed gates away where z is (r,): fixed ones cost nothing, those that get a gradient, which is not 0, their
-h and dB alone. It has been compiled for sm_80 and sm_90 and interpreted, and has never run on a GPU: it is off unless asked for.
+The Triton path selects closed gates away where z is (r,): fixed ones cost nothing, those with a gradient (it is not 0) their h
+and dB. It has been compiled for sm_80 and sm_90 and interpreted, and has never run on a GPU: it is off unless asked for.
 """
 
 from dataclasses import dataclass
