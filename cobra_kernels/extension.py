@@ -8,9 +8,13 @@ import sysconfig
 from functools import cache
 from pathlib import Path
 
+CPU_LEVEL = 2  # instructions it may use where the machine has them: 0 none in particular, 1 AVX2, 2 AVX-512
+
 _SIGNATURES = {  # name -> result, arguments
     "cobra_gate_words": (None, [ctypes.c_void_p] + [ctypes.c_int64] * 2 + [ctypes.c_uint64] * 2 + [ctypes.c_int64]),
     "cobra_merge": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p] + [ctypes.c_int64] * 2),
+    "cobra_shrink": (ctypes.c_int32, [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 8),
+    "cobra_reduce": (None, [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 7),
 }
 
 

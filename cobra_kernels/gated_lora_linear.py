@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from cobra_kernels import gated_lora_configs as configs
 from cobra_kernels.backend import TRITON_DTYPES, require_triton
+from cobra_kernels.gated_lora_linear_cpu import reduce, shrink
 from cobra_kernels.sample_gates import concrete_gates, gate_noise
 
 
@@ -72,7 +73,7 @@ class _GatedLoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, z, scaling, bias):
-        h = x @ lora_A.to(x.dtype).t()
+        h = shrink(x, lora_A.to(x.dtype))
         y = F.linear(x, weight, bias)
         if z.ndim == 2:
             y.addmm_(h * z.to(x.dtype), lora_B.to(x.dtype).t(), alpha=scaling)
@@ -88,25 +89,25 @@ class _GatedLoraLinear(torch.autograd.Function):
         x, weight, lora_A, lora_B, z, h = ctx.saved_tensors
         needs_x, needs_weight, needs_A, needs_B, needs_z, _, needs_bias = ctx.needs_input_grad
         dx = dA = dB = dz = None
-        g = dy @ lora_B.to(dy.dtype)
+        g = shrink(dy, lora_B.to(dy.dtype).t())
         if z.ndim == 2:
             gate, gated_A = z.to(dy.dtype) * ctx.scaling, lora_A
             if needs_z:
                 dz = (g * h).mul_(ctx.scaling).to(z.dtype)
             if needs_B:
-                dB = (dy.t() @ (h * gate)).to(lora_B.dtype)
+                dB = reduce(h * gate, dy).t().to(lora_B.dtype)
             g = g * gate
-            dA = (g.t() @ x).to(lora_A.dtype) if needs_A else None
+            dA = reduce(g, x).to(lora_A.dtype) if needs_A else None
         else:
             # s and z ride on the small operands: g stays as the product left it
             gate = ctx.scaling * z
             gated_A = lora_A * gate[:, None]
             if needs_B or needs_z:
-                ungated_dB = (dy.t() @ h).to(lora_B.dtype)
+                ungated_dB = reduce(h, dy).t().to(lora_B.dtype)
                 dz = (lora_B * ungated_dB).sum(0).mul_(ctx.scaling).to(z.dtype) if needs_z else None
                 dB = ungated_dB.mul_(gate) if needs_B else None
             if needs_A:
-                dA = (g.t() @ x).to(lora_A.dtype).mul_(gate[:, None])
+                dA = reduce(g, x).to(lora_A.dtype).mul_(gate[:, None])
         if needs_x:
             dx = (dy @ weight).addmm_(g, gated_A.to(dy.dtype))
         dW = dy.t() @ x if needs_weight else None

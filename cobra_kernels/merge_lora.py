@@ -20,7 +20,6 @@ from cobra_kernels.precision import full_precision
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/merge.cpp
 LEAST_SQUARE = 1e-30  # a mean square below it may have lost squares to underflow
-CPU_LEVEL = 2  # instructions the extension may use where the machine has them: 0 none in particular, 1 AVX2, 2 AVX-512
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +147,7 @@ def _launch(library: ctypes.CDLL, items: list[MergeItem], targets: list[Tensor],
         fields += (weight.stride(0), target.stride(0), *left.stride(), *right.stride(), DTYPE_CODES[weight.dtype])
     sites = (ctypes.c_int64 * len(fields))(*fields)
     sums = None if statistics is None else statistics.data_ptr()
-    if library.cobra_merge(sites, len(items), sums, torch.get_num_threads(), CPU_LEVEL):
+    if library.cobra_merge(sites, len(items), sums, torch.get_num_threads(), extension.CPU_LEVEL):
         raise MemoryError(f"no memory to merge {len(items)} weights in")
 
 

@@ -8,26 +8,18 @@
 #include <new>
 #include <vector>
 
-#if defined(__GNUC__) && defined(__x86_64__)
-#include <immintrin.h>
-#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 #include "export.h"
+#include "isa.h"
 #include "parallel.h"
 
 #if defined(__GNUC__)
-#define COBRA_ALWAYS __attribute__((always_inline))
-#define COBRA_NEVER __attribute__((noinline))
 #define COBRA_PREFETCH(address) __builtin_prefetch(address, 0, 2)
-#define COBRA_UNROLL _Pragma("GCC unroll 8")  // early, so that arrays of registers are not kept in memory
 #else
-#define COBRA_ALWAYS
-#define COBRA_NEVER
 #define COBRA_PREFETCH(address) (void)(address)
-#define COBRA_UNROLL
 #endif
 
 // after stores past the caches, which are not ordered with others
@@ -76,13 +68,13 @@ constexpr int64_t SUMS = 3;              // of squares: L R, W, (W' - W) - L R
 
 #if defined(__GNUC__) && defined(__x86_64__)
 #define COBRA_ISA avx2
-#define COBRA_TARGET __attribute__((target("avx2,fma,f16c")))
+#define COBRA_TARGET COBRA_AVX2
 #define COBRA_LANES 8
 #define COBRA_VECTORS 2
 #include "merge_tile.h"
 
 #define COBRA_ISA avx512
-#define COBRA_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define COBRA_TARGET COBRA_AVX512
 #define COBRA_LANES 16
 #define COBRA_VECTORS 4
 #include "merge_tile.h"
@@ -90,17 +82,12 @@ constexpr int64_t SUMS = 3;              // of squares: L R, W, (W' - W) - L R
 
 using MergeTile = void (*)(const Tile&, float*, float*, double*);
 
-// The fastest for this machine up to level 0 portable, 1 AVX2, 2 AVX-512.
 MergeTile pick(int64_t level) {
+  level = supported_level(level);
 #if defined(__GNUC__) && defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (level >= 2 && has_avx2 && has_avx512) return avx512::merge_tile;
-  if (level >= 1 && has_avx2) return avx2::merge_tile;
+  if (level >= 2) return avx512::merge_tile;
+  if (level >= 1) return avx2::merge_tile;
 #endif
-  (void)level;
   return portable::merge_tile;
 }
 

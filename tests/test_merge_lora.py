@@ -146,7 +146,7 @@ needs_extension = pytest.mark.skipif(extension.load() is None, reason="the compi
 @pytest.fixture(params=["portable", "AVX2", "AVX-512"])
 def level(request, monkeypatch):
     """Each instruction set; where the machine lacks one, the best below it."""
-    monkeypatch.setattr(MODULE, "CPU_LEVEL", ["portable", "AVX2", "AVX-512"].index(request.param))
+    monkeypatch.setattr(extension, "CPU_LEVEL", ["portable", "AVX2", "AVX-512"].index(request.param))
 
 
 @pytest.fixture
