@@ -72,7 +72,6 @@ def lines(page: Path) -> Iterator[str]:
 SHELL = [pytest.param(page, line, id=f"{page.name}: {line[:40]}") for page in DOCS for line in lines(page)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("page", "line"), SHELL)
 def test_command_lines(page, line, tmp_path):
     """Beside the files of their page, in processes of their own: two of them over gloo."""
