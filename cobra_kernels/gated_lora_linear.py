@@ -75,7 +75,9 @@ class _GatedLoraLinear(torch.autograd.Function):
     def forward(ctx, x, weight, lora_A, lora_B, z, scaling, bias):
         h = shrink(x, lora_A.to(x.dtype))
         y = F.linear(x, weight, bias)
-        if z.ndim == 2:
+        if z is None:
+            y.addmm_(h, lora_B.to(x.dtype).t(), alpha=scaling)
+        elif z.ndim == 2:
             y.addmm_(h * z.to(x.dtype), lora_B.to(x.dtype).t(), alpha=scaling)
         else:
             y.addmm_(h, (lora_B * (scaling * z)).to(x.dtype).t())
@@ -88,28 +90,25 @@ class _GatedLoraLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, lora_A, lora_B, z, h = ctx.saved_tensors
         needs_x, needs_weight, needs_A, needs_B, needs_z, _, needs_bias = ctx.needs_input_grad
-        dx = dA = dB = dz = None
+        dA = dB = dz = None
         g = shrink(dy, lora_B.to(dy.dtype).t())
-        if z.ndim == 2:
-            gate, gated_A = z.to(dy.dtype) * ctx.scaling, lora_A
-            if needs_z:
-                dz = (g * h).mul_(ctx.scaling).to(z.dtype)
-            if needs_B:
-                dB = reduce(h * gate, dy).t().to(lora_B.dtype)
-            g = g * gate
-            dA = reduce(g, x).to(lora_A.dtype) if needs_A else None
+        if z is not None and z.ndim == 2:
+            gate, factor, rows = z.to(dy.dtype), ctx.scaling, lora_A
+            dz = (g * h).mul_(factor).to(z.dtype) if needs_z else None
+            g, h = g * gate, h * gate
         else:
-            # s and z ride on the small operands: g stays as the product left it
-            gate = ctx.scaling * z
-            gated_A = lora_A * gate[:, None]
-            if needs_B or needs_z:
-                ungated_dB = reduce(h, dy).t().to(lora_B.dtype)
-                dz = (lora_B * ungated_dB).sum(0).mul_(ctx.scaling).to(z.dtype) if needs_z else None
-                dB = ungated_dB.mul_(gate) if needs_B else None
-            if needs_A:
-                dA = reduce(g, x).to(lora_A.dtype).mul_(gate[:, None])
-        if needs_x:
-            dx = (dy @ weight).addmm_(g, gated_A.to(dy.dtype))
+            # s and z ride on the small operands: g and h stay as the products left them
+            factor = ctx.scaling if z is None else ctx.scaling * z
+            rows = lora_A if z is None else lora_A * z[:, None]
+        if needs_B or (needs_z and dz is None):
+            dB = reduce(h, dy).t().to(lora_B.dtype)
+            if needs_z and dz is None:
+                dz = (lora_B * dB).sum(0).mul_(ctx.scaling).to(z.dtype)
+            dB = dB.mul_(factor) if needs_B else None
+        if needs_A:
+            dA = reduce(g, x).to(lora_A.dtype)
+            dA.mul_(factor[:, None] if isinstance(factor, Tensor) else factor)
+        dx = (dy @ weight).addmm_(g, rows.to(dy.dtype), alpha=ctx.scaling) if needs_x else None
         dW = dy.t() @ x if needs_weight else None
         return dx, dW, dA, dB, dz, None, dy.sum(0) if needs_bias else None
 
@@ -234,7 +233,6 @@ def _apply(x, weight, lora_A, lora_B, gate, sample, scaling, bias, backend) -> T
             drawn = (None, []) if sample is None else (sample.temperature, sample.draw())
             return _TritonGatedLoraLinear.apply(x, weight, lora_A, lora_B, gate, scaling, bias, *drawn)
     z = gate if sample is None else sample.gates()
-    z = torch.ones_like(lora_A[:, 0]) if z is None else z
     return _GatedLoraLinear.apply(x, weight, lora_A, lora_B, z, scaling, bias)
 
 

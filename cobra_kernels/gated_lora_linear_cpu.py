@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from cobra_kernels import extension
 
+PLAIN = (Tensor, nn.Parameter)
+
 
 def shrink(x: Tensor, matrix: Tensor) -> Tensor:
     """x (T, D), matrix (r, D) -> (T, r) in their dtype"""
@@ -39,8 +41,13 @@ def reduce(h: Tensor, x: Tensor) -> Tensor:
     return out
 
 
-def _is_compiled(*operands: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and (
-        all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.device.type == "cpu" for t in operands)
+def _is_compiled(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.dtype == b.dtype == torch.float32
+        and type(a) in PLAIN
+        and type(b) in PLAIN
+        and a.is_cpu
+        and b.is_cpu
+        and not torch.compiler.is_compiling()
         and extension.load() is not None
     )
