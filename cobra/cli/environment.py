@@ -25,7 +25,9 @@ def describe() -> dict[str, str]:
     facts |= {name: _version(name) for name in LIBRARIES}
     built = extension.load() is not None
     facts["C++ extension"] = (
-        "active: gate words, merge" if built else "not built: torch does its work, slower (no C++ compiler at install?)"
+        "active: gate words, adapter products in fp32, merge"
+        if built
+        else "not built: torch does its work, slower (no C++ compiler at install?)"
     )
     facts["Triton kernels"] = (
         "packed_lora, gated_lora_linear: off by default, compiled and interpreted, never run on a GPU (backend='triton')"
