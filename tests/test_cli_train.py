@@ -267,12 +267,8 @@ def test_killed(base, whole, tmp_path, number):
     assert child(partial(kill_at, "replace", number), *base, "--out", out) == -signal.SIGKILL
     for checkpoint in RunFolder(out).complete():
         storage.read_tensors(checkpoint / CHECKPOINT, "training checkpoint")
-    if (out / "config.yaml").exists():
-        done("--resume", "--out", out)
-    else:
-        done(*base, "--out", out) if not out.exists() else done(*base, "--out", tmp_path / "again")
-        out = out if (out / "adapter").exists() else tmp_path / "again"
-    assert same(out, whole)
+    done(*(("--resume",) if (out / "config.yaml").exists() else base), "--out", out)
+    assert same(out, whole) and not list(out.rglob(".*.tmp"))
     assert [row["step"] for row in RunFolder(out).history()] == list(range(1, 11))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -31,13 +31,18 @@ class Evaluation:
 
 def evaluate(model: nn.Module, batches: Sequence[dict[str, Tensor]], task: str, what: str) -> Evaluation:
     """In evaluation mode, which it is left in. `what`: for the progress bar."""
-    metrics, bins = (_numbers if task == "regression" else _choices)(model, batches, task, what)
+    return evaluate_outputs(_outputs(model, batches, what), task)
+
+
+def evaluate_outputs(outputs: Iterable[tuple[Tensor, Tensor]], task: str) -> Evaluation:
+    """outputs: logits and labels, batch by batch"""
+    metrics, bins = _numbers(outputs) if task == "regression" else _choices(outputs, task)
     return Evaluation({name: value for name, value in metrics.items() if math.isfinite(value)}, bins)
 
 
-def _choices(model: nn.Module, batches: Sequence[dict[str, Tensor]], task: str, what: str) -> tuple[dict, list[Bin]]:
+def _choices(outputs: Iterable[tuple[Tensor, Tensor]], task: str) -> tuple[dict, list[Bin]]:
     """Of one class or token among several: log-probability of the right one, and whether the likeliest is right."""
-    parts = [_confidence(logits, labels, task) for logits, labels in _outputs(model, batches, what)]
+    parts = [_confidence(logits, labels, task) for logits, labels in outputs]
     nll, confidence, right = (torch.cat(values) for values in zip(*parts, strict=True))
     bins = _bins(confidence, right)
     mean, share, error = nll.mean().item(), right.double().mean().item(), calibration_error(bins)
@@ -58,8 +63,8 @@ def _confidence(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tens
     return nll.double().cpu(), (best.values - logits.logsumexp(-1)).exp().cpu(), (best.indices == labels).cpu()
 
 
-def _numbers(model: nn.Module, batches: Sequence[dict[str, Tensor]], task: str, what: str) -> tuple[dict, list[Bin]]:
-    pairs = [(logits[:, 0].double().cpu(), labels.double().cpu()) for logits, labels in _outputs(model, batches, what)]
+def _numbers(outputs: Iterable[tuple[Tensor, Tensor]]) -> tuple[dict, list[Bin]]:
+    pairs = [(logits[:, 0].double().cpu(), labels.double().cpu()) for logits, labels in outputs]
     found, expected = (torch.cat(values) for values in zip(*pairs, strict=True))
     error = found - expected
     metrics = {

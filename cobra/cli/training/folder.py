@@ -11,6 +11,7 @@ from cobra.integrations.transformers import CHECKPOINT
 
 CONFIG, RUN, BEFORE, RESULT = "config.yaml", "run.json", "before.json", "result.json"
 SCORES, PLAN, HISTORY, GATES = "scores.safetensors", "plan.json", "history.jsonl", "gates.jsonl"
+HALF_WRITTEN = ".*.tmp"  # as cobra.storage names what is not yet whole
 KEPT = 2  # the one before the newest is whole while that is written
 
 
@@ -27,6 +28,12 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def empty(self) -> bool:
+        """Whether it is not there yet, or holds nothing but what a kill left half written."""
+        if not self.path.is_dir():
+            return not self.path.exists()
+        return set(self.path.iterdir()) == set(self.path.glob(HALF_WRITTEN))
+
     def complete(self) -> list[Path]:
         """Checkpoints from which training goes on, oldest first: their last file is there, which is written whole or not."""
         return [folder for folder in self._all() if (folder / CHECKPOINT).is_file()]
@@ -40,6 +47,12 @@ class RunFolder:
         for folder in self._all():
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def tidy(self) -> None:
+        """Takes away what a kill left half written, of checkpoints and of files."""
+        self.prune()
+        for path in self.path.glob(HALF_WRITTEN):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def rewind(self, step: int) -> None:
         """Takes out of history and gates what was written after a step, and what a kill left half written."""

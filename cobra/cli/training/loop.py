@@ -36,7 +36,6 @@ def train(
     settings: TrainSettings, subject: Subject, adapter: cobra.Adapter, folder: RunFolder, interruption: Interruption
 ) -> int:
     """Trains, or goes on; the number of steps that were skipped."""
-    folder.prune()
     start = folder.newest()
     folder.rewind(-1 if start is None else step_of(start))
     steps = number_of_steps(settings, subject)

@@ -73,6 +73,7 @@ def _run(
     stages: Stages,
     interruption: Interruption,
 ) -> dict:
+    folder.tidy()
     write_config(folder / names.CONFIG, settings)
     record = _record(settings, subject, config)
     storage.write_json(folder / names.RUN, record)

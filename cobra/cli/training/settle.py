@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cobra.cli.training.configfile import read_config
-from cobra.cli.training.folder import CONFIG
+from cobra.cli.training.folder import CONFIG, RunFolder
 from cobra.cli.training.options import given_settings
 from cobra.cli.training.settings import TrainSettings
 
@@ -24,7 +24,7 @@ def settle(given: dict[str, Any], config: Path | None, resume: bool) -> TrainSet
     if resume:
         return _resumed(values, out)
     settings = TrainSettings(**values)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not RunFolder(out).empty():
         raise ValueError(f"{out} is there and not empty: name a new folder with --out, or go on with its run: --resume")
     return settings
 
