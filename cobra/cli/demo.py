@@ -21,8 +21,13 @@ import cobra
 from cobra import storage
 from cobra.cli.encoder import MeanPoolClassifier, fit_head, load_encoder
 from cobra.cli.reviews import Batches, load_reviews, make_batches
+from cobra.cli.training.evaluation import evaluate_outputs
 from cobra.progress import Progress
 from cobra.report import plots
+from cobra.report.page import write_report
+from cobra.report.run import append_gates, append_step
+
+LOG_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -108,25 +113,30 @@ def _run_cobra(model: MeanPoolClassifier, data: Data, settings: DemoSettings, se
         total_steps=search_steps,
         seed=settings.seed,
     )
+    _record(out, settings, config)
     adapter = cobra.attach(model, config, scores)
     optimizer = AdamW(adapter.parameter_groups(settings.lr))
     schedule = _linear_decay(optimizer, settings.steps)
     losses: list[float] = []
     batches = iter(data.train)
     with seconds.of(f"stage 3: search, {search_steps} steps"):
-        _train(model, batches, search_steps, optimizer, schedule, losses, adapter)
+        _train(model, batches, search_steps, optimizer, schedule, losses, adapter, out)
     with seconds.of("stage 4: extract, shrink"):
         plan = adapter.extract()
         plan.save(out / "plan.json")
+        append_gates(out, search_steps, plan)
         adapter.apply(plan, optimizer)
     with seconds.of(f"train the cut adapter, {settings.steps - search_steps} steps"):
-        _train(model, batches, settings.steps - search_steps, optimizer, schedule, losses, adapter)
+        _train(model, batches, settings.steps - search_steps, optimizer, schedule, losses, adapter, out)
     with seconds.of("evaluate"):
         accuracy, unmerged = _evaluate(model, data.test, "COBRA, unmerged")
+    labels = torch.cat([batch["labels"] for batch in data.test])
+    storage.write_json(out / "eval.json", evaluate_outputs([(unmerged, labels)], "classification").to_dict())
     parameters = adapter.trainable_parameters()
     with seconds.of("merge, evaluate"):
         adapter.save_pretrained(out / "adapter")
         merge_report = adapter.merge()
+        storage.write_json(out / "merge.json", asdict(merge_report))
         merged_accuracy, merged = _evaluate(model, data.test, "COBRA, merged")
         model.save_pretrained(out / "merged")
     with seconds.of("load in peft, evaluate"):
@@ -134,7 +144,8 @@ def _run_cobra(model: MeanPoolClassifier, data: Data, settings: DemoSettings, se
         adapter.detach()
         through_peft = peft.PeftModel.from_pretrained(model, str(out / "adapter"))
         peft_accuracy, from_peft = _evaluate(through_peft, data.test, "COBRA, through peft")
-    _draw(scores, plan, out)
+    with seconds.of("report"):
+        write_report(out)
     return {
         "accuracy": accuracy,
         "merged accuracy": merged_accuracy,
@@ -177,7 +188,26 @@ def _linear_decay(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
 
 
-def _train(model, batches, steps: int, optimizer, schedule, losses: list[float], adapter: cobra.Adapter | None = None) -> None:
+def _record(out: Path, settings: DemoSettings, config: cobra.CobraConfig) -> None:
+    """run.json, and no history of a run before."""
+    for name in ("history.jsonl", "gates.jsonl"):
+        (out / name).unlink(missing_ok=True)
+    versions = {"cobra-peft": cobra.__version__, "torch": torch.__version__, "peft": peft.__version__}
+    record = {"config": config.to_dict(), "settings": {k: str(v) for k, v in asdict(settings).items()}, "versions": versions}
+    storage.write_json(out / "run.json", {"command": "cobra demo", "seed": settings.seed, **record})
+
+
+def _train(
+    model,
+    batches,
+    steps: int,
+    optimizer,
+    schedule,
+    losses: list[float],
+    adapter: cobra.Adapter | None = None,
+    out: Path | None = None,
+) -> None:
+    """out: the folder to which the history is added"""
     model.train()
     with Progress("train", steps) as bar:
         for _ in range(steps):
@@ -190,8 +220,19 @@ def _train(model, batches, steps: int, optimizer, schedule, losses: list[float],
             if adapter is not None:
                 adapter.step()
             losses.append(loss.item())
+            if out is not None and len(losses) % LOG_EVERY == 0:
+                _log(out, adapter, len(losses), loss.item(), total.item())
             bar.note(loss=f"{loss.item():.3f}")
             bar.advance()
+
+
+def _log(out: Path, adapter: cobra.Adapter, step: int, nll: float, total: float) -> None:
+    searching = adapter.plan is None
+    ranks = {"expected_rank": sum(adapter.expected_ranks().values())}
+    if searching:
+        ranks["temperature"] = adapter.config.temperature_at(adapter.current_step)
+        append_gates(out, step, adapter.extract())
+    append_step(out, step, nll=nll, kl=total - nll, loss=total, phase="search" if searching else "cut", **ranks)
 
 
 @torch.no_grad()
@@ -206,12 +247,6 @@ def _evaluate(model: nn.Module, batches: Batches, what: str) -> tuple[float, Ten
             bar.advance()
     logits, labels = torch.cat(logits), torch.cat(labels)
     return (logits.argmax(1) == labels).float().mean().item(), logits
-
-
-def _draw(scores: cobra.LayerScores, plan: cobra.RankPlan, out: Path) -> None:
-    plots.rank_heatmap(plan, out / "plots" / "ranks.png")
-    plots.factor_scatter(scores, out / "plots" / "gradient_contribution.png")
-    plots.gate_probabilities(plan, out / "plots" / "gates.png")
 
 
 def _report(result: dict, settings: DemoSettings, console: Console) -> None:
@@ -239,5 +274,5 @@ def _report(result: dict, settings: DemoSettings, console: Console) -> None:
     console.print(
         f"{sum(spent.values()):.0f} s in all. Gradient and contribution correlate at {result['correlation']:.2f}; "
         f"the path integral misses {result['path residual']:.1%}.\n"
-        f"{settings.out}/: scores.safetensors, plan.json, adapter/, merged/, plots/, report.json"
+        f"{settings.out}/: scores.safetensors, plan.json, adapter/, merged/, plots/, report/index.html, report.json"
     )
