@@ -54,11 +54,13 @@ def fastest(rows: list[dict]) -> list[dict]:
 
 def _products(M: int, K: int, N: int, tile: int) -> Iterator[tuple[str, Callable[..., Tensor], list]]:
     """Name, launch with a config, and configs, the picked one first."""
-    gates = launch.Gates(
+    branch = launch.Branch(
         torch.ones(tile, device="cuda"),
         torch.arange(tile, dtype=torch.int32, device="cuda"),
         torch.full((2,), tile, dtype=torch.int32, device="cuda"),
         1.0,
+        tile,
+        True,
     )
     x, dy, weight = _normal(M, K), _normal(M, N), _normal(N, K)
     arch = launch.arch(x)
@@ -67,28 +69,28 @@ def _products(M: int, K: int, N: int, tile: int) -> Iterator[tuple[str, Callable
     tokens = configs.candidates_tokens(tile)
     yield (
         "shrink",
-        lambda config: launch.shrink(x, packed_A, gates, tile, True, config=config)[0],
+        lambda config: launch.shrink(x, packed_A, branch, config=config)[0],
         [configs.pick_shrink_config(M, tile, True), *configs.candidates_shrink(tile)],
     )
     yield (
         "base, forward",
-        lambda config: launch.base(x, weight.t(), h, packed_B, None, gates, tile, True, config),
+        lambda config: launch.base(x, weight.t(), h, packed_B, None, branch, config),
         [configs.pick_base_config(M, N, tile, True, arch), *base],
     )
     yield (
         "base, backward",
-        lambda config: launch.base(dy, weight, h, packed_A, None, gates, tile, True, config),
+        lambda config: launch.base(dy, weight, h, packed_A, None, branch, config),
         [configs.pick_base_config(M, K, tile, True, arch), *base],
     )
     yield (
         "tokens",
-        lambda config: launch.tokens(dy, h, None, gates, tile, True, config=config)[0].sum(0),
+        lambda config: launch.tokens(dy, h, None, branch, config=config)[0].sum(0),
         [configs.pick_tokens_config(tile, True, False, arch), *tokens],
     )
     if configs.pick_one_pass(tile, tile, arch):
         yield (
             "tokens with g",
-            lambda config: launch.tokens(dy, h, packed_B, gates, tile, True, config=config)[1].sum(0),
+            lambda config: launch.tokens(dy, h, packed_B, branch, config=config)[1].sum(0),
             [configs.pick_tokens_config(tile, True, True, arch), *tokens],
         )
 

@@ -38,11 +38,11 @@ def forward(
     R = configs.padded_rank(r, rank_tile, kind == "given")
     z = launch.empty(x, r, dtype=torch.float32)
     source, extent = launch.empty(x, R, dtype=torch.int32), launch.empty(x, 2, dtype=torch.int32)
-    gates = launch.Gates(z, source, extent, 1.0 if per_token else scaling)
+    branch = launch.Branch(z, source, extent, 1.0 if per_token else scaling, rank_tile, wide)
     with torch.cuda.device_of(x):
-        packed_A, folded_B = launch.fold(x, lora_A, lora_B, gates, rank_tile, kind, gate, temperature, draw, keep_closed)
-        h, gated, _ = launch.shrink(x, packed_A, gates, rank_tile, wide, (gate, scaling) if per_token else None)
-        y = launch.base(x, weight.t(), gated if per_token else h, folded_B, bias, gates, rank_tile, wide)
+        packed_A, folded_B = launch.fold(x, lora_A, lora_B, branch, kind, gate, temperature, draw, keep_closed)
+        h, gated, _ = launch.shrink(x, packed_A, branch, (gate, scaling) if per_token else None)
+        y = launch.base(x, weight.t(), gated if per_token else h, folded_B, bias, branch)
     return y, h, gated, z, source, extent
 
 
@@ -68,36 +68,34 @@ def backward(
     dy, x = (_dense(dy), _dense(x)) if wide else (dy, x)
     per_token = gate is not None and gate.ndim == 2
     rank_tile = configs.pick_rank_tile(len(lora_A), wide)
-    gates = launch.Gates(z, source, extent, 1.0 if per_token else scaling)
+    branch = launch.Branch(z, source, extent, 1.0 if per_token else scaling, rank_tile, wide)
     token_gates = (gate, scaling) if per_token else None
     dx = dA = dB = dgate = None
     needs_g = needs_x or needs_A or (needs_gate and per_token)
     needs_sums = needs_B or (needs_gate and not per_token)
     with torch.cuda.device_of(x):
-        folded_A, packed_B = launch.fold(dy, lora_A, lora_B, gates, rank_tile, "known")
+        folded_A, packed_B = launch.fold(dy, lora_A, lora_B, branch, "known")
         one_pass = needs_g and needs_sums and configs.pick_one_pass(len(lora_A), rank_tile, launch.arch(dy))
         if needs_sums:
-            sums, g_planes = launch.tokens(
-                dy, gated if per_token else h, packed_B if one_pass else None, gates, rank_tile, wide
-            )
+            sums, g_planes = launch.tokens(dy, gated if per_token else h, packed_B if one_pass else None, branch)
         if needs_g:
             h_of_dz = h if per_token and needs_gate else None
             if one_pass:
-                g, gated_g, dz = launch.rows(g_planes, gates, rank_tile, dy.dtype, token_gates, h_of_dz)
+                g, gated_g, dz = launch.rows(g_planes, branch, dy.dtype, token_gates, h_of_dz)
             else:
-                g, gated_g, dz = launch.shrink(dy, packed_B, gates, rank_tile, wide, token_gates, h_of_dz)
+                g, gated_g, dz = launch.shrink(dy, packed_B, branch, token_gates, h_of_dz)
             if per_token:
                 g, dgate = gated_g, dz if needs_gate else None
         if needs_sums:
-            dB, partial = launch.columns(sums, lora_B.t(), gates, closed=True, with_dz=needs_gate and not per_token)
+            dB, partial = launch.columns(sums, lora_B.t(), branch, closed=True, with_dz=needs_gate and not per_token)
             dB = dB.t() if needs_B else None
             if needs_gate and not per_token:
-                dgate = launch.dz(partial, gates, gate, temperature)
+                dgate = launch.dz(partial, branch, gate, temperature)
         if needs_A:
-            sums, _ = launch.tokens(x, g, None, gates, rank_tile, wide, closed=False)
-            dA, _ = launch.columns(sums, lora_A, gates, closed=False)
+            sums, _ = launch.tokens(x, g, None, branch, closed=False)
+            dA, _ = launch.columns(sums, lora_A, branch, closed=False)
         if needs_x:
-            dx = launch.base(dy, weight, g, folded_A, None, gates, rank_tile, wide)
+            dx = launch.base(dy, weight, g, folded_A, None, branch)
     return tuple(launch.empty(dy, 0) if gradient is None else gradient for gradient in (dx, dA, dB, dgate))
 
 

@@ -15,13 +15,20 @@ from cobra_kernels import gated_lora_small_triton as small
 
 
 @dataclass(frozen=True)
-class Gates:
-    """z (r,), source (R,) and extent (2,), as fold writes them, and the s that goes with z."""
+class Branch:
+    """The low-rank branch of one call: z (r,), source (R,) and extent (2,) as fold writes them, and what every launch shares.
+
+    scaling: the s that goes with z
+    rank_tile: BLOCK_R, of which R is a multiple
+    wide: whether operands are loaded 16 bytes at a time
+    """
 
     z: Tensor
     source: Tensor
     extent: Tensor
     scaling: float
+    rank_tile: int
+    wide: bool
 
     @property
     def padded_rank(self) -> int:
@@ -32,8 +39,7 @@ def fold(
     like: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    gates: Gates,
-    rank_tile: int,
+    branch: Branch,
     kind: str,
     gate: Tensor | None = None,
     temperature: Tensor | None = None,
@@ -41,24 +47,24 @@ def fold(
     keep_closed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """-> A (R, K) and Bᵀ (R, N) in the order and dtype of the products; B folded, or A where the gates are "known"."""
-    (r, K), N, R, config = lora_A.shape, len(lora_B), gates.padded_rank, configs.SmallConfig()
+    (r, K), N, R, config = lora_A.shape, len(lora_B), branch.padded_rank, configs.SmallConfig()
     packed_A, packed_B = empty(like, R, K), empty(like, R, N)
-    gate = gates.z if kind in ("open", "known") else gate
+    gate = branch.z if kind in ("open", "known") else gate
     grid = (R // config.ROWS, -(-K // config.COLUMNS) - (-N // config.COLUMNS))
     small._fold_kernel[grid](
         lora_A,
         lora_B,
         gate,
-        gates.z if temperature is None else temperature,
-        gates.z,
-        gates.source,
-        gates.extent,
+        branch.z if temperature is None else temperature,
+        branch.z,
+        branch.source,
+        branch.extent,
         packed_A,
         packed_B,
         r,
         K,
         N,
-        gates.scaling,
+        branch.scaling,
         *(draw or (0, 0, 0, 0, 0)),
         *lora_A.stride(),
         *lora_B.stride(),
@@ -66,7 +72,7 @@ def fold(
         GATES=kind,
         KEEP_CLOSED=keep_closed,
         FOLD_A=kind == "known",
-        BLOCK_R=rank_tile,
+        BLOCK_R=branch.rank_tile,
         **vars(config),
     )
     return packed_A, packed_B
@@ -75,52 +81,49 @@ def fold(
 def shrink(
     x: Tensor,
     packed: Tensor,
-    gates: Gates,
-    rank_tile: int,
-    wide: bool,
+    branch: Branch,
     token_gates: tuple[Tensor, float] | None = None,
     h_of_dz: Tensor | None = None,
     config: configs.ShrinkConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h = x packedᵀ (M, R), and what `rows` makes of token gates."""
-    (M, K), R = x.shape, gates.padded_rank
-    config = config or configs.pick_shrink_config(M, rank_tile, wide)
-    programs = -(-M // config.BLOCK_M) * (R // rank_tile)
+    """h = x packedᵀ (M, R), and what `rows` makes of token branch."""
+    (M, K), R = x.shape, branch.padded_rank
+    config = config or configs.pick_shrink_config(M, branch.rank_tile, branch.wide)
+    programs = -(-M // config.BLOCK_M) * (R // branch.rank_tile)
     planes = configs.pick_shrink_planes(programs, K)
     direct = planes == 1 and token_gates is None
     h = empty(x, planes, M, R, dtype=x.dtype if direct else torch.float32)
     plane_size = -(-K // (planes * config.BLOCK_K)) * config.BLOCK_K
     products._shrink_kernel[programs, planes](
-        x, packed, h, gates.extent, M, K, R, plane_size, *x.stride(), h.stride(0), **vars(config)
+        x, packed, h, branch.extent, M, K, R, plane_size, *x.stride(), h.stride(0), **vars(config)
     )
     if direct:
         return h[0], empty(x, 0), empty(x, 0)
-    return rows(h, gates, rank_tile, x.dtype, token_gates, h_of_dz)
+    return rows(h, branch, x.dtype, token_gates, h_of_dz)
 
 
 def rows(
     planes: Tensor,
-    gates: Gates,
-    rank_tile: int,
+    branch: Branch,
     dtype: torch.dtype,
     token_gates: tuple[Tensor, float] | None = None,
     h_of_dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> Σ planes (M, R); s z ∘ Σ planes and dz (M, r) where there are token gates (z, s) and h, else empty."""
-    (count, M, R), config = planes.shape, configs.pick_rows_config(rank_tile)
-    z, scaling = token_gates or (gates.z[None], 1.0)
+    (count, M, R), config = planes.shape, configs.pick_rows_config(branch.rank_tile)
+    z, scaling = token_gates or (branch.z[None], 1.0)
     r = z.shape[1]
     out = empty(planes, M, R, dtype=dtype)
     gated = empty(planes, M if token_gates else 0, R, dtype=dtype)
     dz = empty(planes, 0 if h_of_dz is None else M, r, dtype=z.dtype)
-    products._rows_kernel[(-(-M // config.BLOCK_M) * (R // rank_tile),)](
+    products._rows_kernel[(-(-M // config.BLOCK_M) * (R // branch.rank_tile),)](
         planes,
         z,
         out if h_of_dz is None else h_of_dz,
         out,
         gated if token_gates else out,
         out if h_of_dz is None else dz,
-        gates.extent,
+        branch.extent,
         M,
         R,
         r,
@@ -141,14 +144,12 @@ def base(
     h: Tensor,
     folded: Tensor,
     bias: Tensor | None,
-    gates: Gates,
-    rank_tile: int,
-    wide: bool,
+    branch: Branch,
     config: configs.BaseConfig | None = None,
 ) -> Tensor:
     """y = h folded + x weight + bias; weight (K, N), of any strides."""
     (M, K), N = x.shape, weight.shape[1]
-    config = config or configs.pick_base_config(M, N, rank_tile, wide, arch(x))
+    config = config or configs.pick_base_config(M, N, branch.rank_tile, branch.wide, arch(x))
     y = empty(x, M, N)
     products._base_kernel[(-(-M // config.BLOCK_M) * -(-N // config.BLOCK_N),)](
         x,
@@ -157,11 +158,11 @@ def base(
         folded,
         y if bias is None else bias,
         y,
-        gates.extent,
+        branch.extent,
         M,
         N,
         K,
-        gates.padded_rank,
+        branch.padded_rank,
         *x.stride(),
         *weight.stride(),
         HAS_BIAS=bias is not None,
@@ -174,17 +175,15 @@ def tokens(
     x: Tensor,
     h: Tensor,
     packed: Tensor | None,
-    gates: Gates,
-    rank_tile: int,
-    wide: bool,
+    branch: Branch,
     closed: bool = True,
     config: configs.TokensConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-> planes of S = hᵀ x (planes, R, N), and with `packed` those of g = x packedᵀ (column tiles, M, R), else empty."""
-    (M, N), R = x.shape, gates.padded_rank
-    config = config or configs.pick_tokens_config(rank_tile, wide, packed is not None, arch(x))
+    (M, N), R = x.shape, branch.padded_rank
+    config = config or configs.pick_tokens_config(branch.rank_tile, branch.wide, packed is not None, arch(x))
     tiles = -(-N // config.BLOCK_N)
-    programs = tiles * (R // rank_tile)
+    programs = tiles * (R // branch.rank_tile)
     planes = configs.pick_token_planes(programs, M, config.BLOCK_M)
     plane_size = -(-M // (planes * config.BLOCK_M)) * config.BLOCK_M
     sums = empty(x, planes, R, N, dtype=torch.float32)
@@ -195,7 +194,7 @@ def tokens(
         h if packed is None else packed,
         sums,
         sums if packed is None else g,
-        gates.extent,
+        branch.extent,
         M,
         N,
         R,
@@ -209,7 +208,7 @@ def tokens(
     return sums, g
 
 
-def columns(sums: Tensor, operand: Tensor, gates: Gates, *, closed: bool, with_dz: bool = False) -> tuple[Tensor, Tensor]:
+def columns(sums: Tensor, operand: Tensor, branch: Branch, *, closed: bool, with_dz: bool = False) -> tuple[Tensor, Tensor]:
     """-> s z ∘ Σ planes (r, N) in the layout and dtype of `operand` (r, N), and (tiles, R) parts of dz, else empty."""
     (planes, R, N), config = sums.shape, configs.SmallConfig()
     tiles = -(-N // config.COLUMNS)
@@ -218,15 +217,15 @@ def columns(sums: Tensor, operand: Tensor, gates: Gates, *, closed: bool, with_d
     small._columns_kernel[R // config.ROWS, tiles](
         sums,
         operand,
-        gates.z,
-        gates.source,
-        gates.extent,
+        branch.z,
+        branch.source,
+        branch.extent,
         out,
         partial if with_dz else sums,
         N,
         R,
         planes,
-        gates.scaling,
+        branch.scaling,
         sums.stride(0),
         *operand.stride(),
         *out.stride(),
@@ -237,19 +236,19 @@ def columns(sums: Tensor, operand: Tensor, gates: Gates, *, closed: bool, with_d
     return out, partial
 
 
-def dz(partial: Tensor, gates: Gates, gate: Tensor, temperature: Tensor | None) -> Tensor:
+def dz(partial: Tensor, branch: Branch, gate: Tensor, temperature: Tensor | None) -> Tensor:
     """The gradient of the gates (r,), or with a temperature that of their logits."""
     (tiles, R), out = partial.shape, torch.empty_like(gate)
     rows = configs.SmallConfig().ROWS
     small._dz_kernel[(R // rows,)](
         partial,
-        gates.z,
-        gates.z if temperature is None else temperature,
-        gates.source,
+        branch.z,
+        branch.z if temperature is None else temperature,
+        branch.source,
         out,
         R,
         tiles,
-        gates.scaling,
+        branch.scaling,
         SAMPLED=temperature is not None,
         ROWS=rows,
     )
