@@ -17,8 +17,11 @@ def explained() -> Iterator[None]:
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    except ModuleNotFoundError as error:
-        typer.echo(f"error: this needs {error.name}: pip install 'cobra-peft[peft,plots,cli]'", err=True)
+    except ImportError as error:
+        typer.echo(
+            f"error: this needs {error.name or str(error).strip().splitlines()[0]}: pip install 'cobra-peft[peft,plots,cli]'",
+            err=True,
+        )
         raise typer.Exit(2) from error
 
 
