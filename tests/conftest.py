@@ -9,6 +9,8 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS
 import pytest
 import torch
 
+from cobra_kernels import extension
+
 # torch lists what a device context redirects when the first is entered, and must see the true torch.empty there: else models
 # are made on the CPU from then on, and a random head depends on which test came first
 with torch.device("meta"):
@@ -30,3 +32,9 @@ def poisoned_empty(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+
+
+@pytest.fixture(params=["portable", "AVX2", "AVX-512"])
+def level(request, monkeypatch):
+    """Each instruction set of the extension; where the machine lacks one, the best below it."""
+    monkeypatch.setattr(extension, "CPU_LEVEL", ["portable", "AVX2", "AVX-512"].index(request.param))

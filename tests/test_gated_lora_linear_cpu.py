@@ -24,12 +24,6 @@ SHAPES = {  # T, D, r
 pytestmark = pytest.mark.skipif(extension.load() is None, reason="the compiled extension was not built")
 
 
-@pytest.fixture(params=["portable", "AVX2", "AVX-512"])
-def level(request, monkeypatch):
-    """Each instruction set; where the machine lacks one, the best below it."""
-    monkeypatch.setattr(extension, "CPU_LEVEL", ["portable", "AVX2", "AVX-512"].index(request.param))
-
-
 def compiled(function, a, b):
     """The function's result, which torch's products had no part in."""
     assert cpu._is_compiled(a, b)

@@ -143,12 +143,6 @@ GROUP_SHAPES = {  # K, N, r
 needs_extension = pytest.mark.skipif(extension.load() is None, reason="the compiled extension was not built")
 
 
-@pytest.fixture(params=["portable", "AVX2", "AVX-512"])
-def level(request, monkeypatch):
-    """Each instruction set; where the machine lacks one, the best below it."""
-    monkeypatch.setattr(extension, "CPU_LEVEL", ["portable", "AVX2", "AVX-512"].index(request.param))
-
-
 @pytest.fixture
 def without_extension(monkeypatch):
     monkeypatch.setattr(extension, "load", lambda: None)
