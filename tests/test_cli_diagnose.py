@@ -192,7 +192,7 @@ def test_files(tmp_path):
         ),
         ("a.csv", "text,label\nfine,good\ndull,bad\n", [], "label 'bad' is none of the model's 2 classes"),
         ("a.csv", "text,label\nfine,1\ndull,0.5\n", [], "label '0.5' is none of the model's 2 classes"),
-        ("a.jsonl", '{"text": "fine", "label": 1}\n{"text": \n', [], "not a JSONL file"),
+        ("a.jsonl", '{"text": "fine", "label": 1}\n{"text": \n', [], "a.jsonl, row 2: not JSON: Expecting value"),
         ("a.jsonl", "[1, 2]\n", [], "row 1: expected an object with columns"),
         ("a.txt", "fine\n", [], "expected a file ending in .csv, .tsv, .jsonl"),
         ("a.csv", "text,label\nfine,1\ndull,0\n", ["--granularity", "layer"], "granularity='layer' is not one of site, block"),

@@ -1,5 +1,6 @@
 """Rows of `cobra train`: every kind of file, splits, labels and tokens of every task, and what is refused."""
 
+import csv
 import json
 from dataclasses import replace
 
@@ -64,6 +65,29 @@ def test_parquet_holds_what_the_other_files_hold(tmp_path):
     (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"c\.parquet: not a Parquet file"):
         read_examples(str(tmp_path / "c.parquet"), Columns())
+
+
+def test_long_cells(tmp_path):
+    """The limit of the csv module is that of the process again afterwards."""
+    long, limit = "fine " * 40_000, csv.field_size_limit()
+    found = read_examples(str(written(tmp_path / "a.csv", [(long, 1), ("dull", 0)])), Columns())
+    assert [example.text for example in found] == [long.strip(), "dull"]
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "text,label\ndull,0\nfine, really,1\n", "row 2: 1 cells more than the header has columns; quote texts"),
+        ("a.tsv", "text\tlabel\nfine\t\t1\n", "row 1: 1 cells more than the header has columns; drop tabs"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "row 2: no column 'label'; it has text"),
+    ],
+)
+def test_rows_of_another_shape(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError) as raised:
+        read_examples(str(tmp_path / name), Columns())
+    assert f"{name}, {message}" in str(raised.value)
 
 
 # splits

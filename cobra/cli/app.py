@@ -151,7 +151,7 @@ def diagnose(
     model: Annotated[
         str, typer.Argument(help="A transformers folder, minilm or smollm2; with --random-init also a model type such as bert.")
     ],
-    data: Annotated[str, typer.Argument(help="A CSV, TSV or JSONL file, reviews, or random-images.")],
+    data: Annotated[str, typer.Argument(help="A CSV, TSV, JSONL or Parquet file, reviews, or random-images.")],
     out: Annotated[Path, typer.Option(help="Folder for the JSON, the CSV and the figures.")] = Path("runs/diagnosis"),
     random_init: Annotated[bool, typer.Option("--random-init", help="Random weights of this configuration.")] = False,
     granularity: Annotated[str, typer.Option(help="site (every linear layer) or block (every transformer block).")] = "site",

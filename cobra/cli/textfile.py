@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,13 +71,38 @@ def _rows(path: Path) -> Iterator[tuple[int, dict]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
             if path.suffix.lower() == ".jsonl":
-                yield from ((i, json.loads(line)) for i, line in enumerate(f, 1) if line.strip())
+                yield from ((i, _json_row(path, i, line)) for i, line in enumerate(f, 1) if line.strip())
                 return
             tabs = path.suffix.lower() == ".tsv"
             quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL  # as published TSV sets are written
-            yield from enumerate(csv.DictReader(f, delimiter="\t" if tabs else ",", quoting=quoting), 1)
-    except (csv.Error, json.JSONDecodeError, UnicodeDecodeError) as error:
+            with _cells_of_any_length():
+                rows = list(csv.DictReader(f, delimiter="\t" if tabs else ",", quoting=quoting))
+    except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a {path.suffix[1:].upper()} file in UTF-8: {error}") from error
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise ValueError(
+                f"{path}, row {number}: {len(row[None])} cells more than the header has columns; "
+                f"{'drop tabs' if tabs else 'quote texts that hold commas'}"
+            )
+        yield number, row
+
+
+@contextmanager
+def _cells_of_any_length() -> Iterator[None]:
+    """csv refuses cells above 131,072 characters, by a setting of the process."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _json_row(path: Path, number: int, line: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, row {number}: not JSON: {error.msg} at character {error.pos + 1}") from error
 
 
 def _parquet_rows(path: Path) -> list[dict]:
@@ -95,8 +121,10 @@ def _example(path: Path, number: int, row: object, columns: Columns) -> Example:
     wanted = [column for column in (columns.text, columns.second, columns.label) if column is not None]
     for column in wanted:
         if column not in row:
-            known = ", ".join(str(key) for key in row if key is not None)
-            raise ValueError(f"{path} has no column {column!r}; it has {known}. Name the right one, as with --text or --label")
+            known = ", ".join(map(str, row))
+            raise ValueError(
+                f"{path}, row {number}: no column {column!r}; it has {known}. Name the right one, as with --text or --label"
+            )
     cells = {column: _cell(row[column]) for column in wanted}
     for column, value in cells.items():
         if not value or (column == columns.label and value.lower() in ("nan", "null", "none", "inf", "-inf")):
