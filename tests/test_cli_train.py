@@ -241,6 +241,15 @@ def test_interrupted(base, whole, tmp_path, number, code):
     assert [row["step"] for row in rows] == list(range(1, 11)) and {row["phase"] for row in rows} == {"search", "cut"}
 
 
+def test_a_folder_that_cannot_be_made(base, tmp_path):
+    """Refused as input before the calibration, with nothing to go on with."""
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    result = run(*base, "--out", tmp_path / "file" / "r")
+    assert result.exit_code == 2
+    assert "Not a directory; name a folder that can be made with --out" in result.stderr
+    assert "--resume" not in result.stderr
+
+
 def test_interrupted_before_training(base, whole, tmp_path):
     """At once: there is nothing to finish."""
     out = tmp_path / "r"

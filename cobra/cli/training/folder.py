@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -33,6 +34,15 @@ class RunFolder:
         if not self.path.is_dir():
             return not self.path.exists()
         return set(self.path.iterdir()) == set(self.path.glob(HALF_WRITTEN))
+
+    def make(self) -> None:
+        """Raises OSError, naming the option, where no run can be written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"{self.path}: {error.strerror or error}; name a folder that can be made with --out") from error
+        if not os.access(self.path, os.W_OK):
+            raise PermissionError(f"{self.path} is not writable; name another folder with --out")
 
     def complete(self) -> list[Path]:
         """Checkpoints from which training goes on, oldest first: their last file is there, which is written whole or not."""

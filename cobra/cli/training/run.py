@@ -57,6 +57,8 @@ def run_training(settings: TrainSettings, resume: bool, interruption: Interrupti
         cobra.attach(subject.model, config, scores).detach()  # what it refuses, it refuses before the long work
     if resume:
         _check_same_data(folder, subject)
+    else:
+        folder.make()
     try:
         return _run(settings, subject, config, folder, stages, interruption)
     except FloatingPointError as error:
