@@ -305,6 +305,7 @@ class Adapter:
 
     # the end
 
+    @torch.inference_mode(False)  # weights made in it could not be trained on
     @torch.no_grad()
     def merge(
         self,
@@ -377,7 +378,7 @@ class Adapter:
         Heads that were trained (`modules_to_save`) stay as they are.
         """
         distributed.check_whole(self.state_dict(), "detach()")
-        if self._merged is not None:
+        if self._merged is not None and self._merged.originals is not None:
             self.unmerge()
         self._restore(site for group in self.groups for site in group.sites)
         self._set_nested_tensors(True)
@@ -414,8 +415,9 @@ class Adapter:
             for site, site_layers in zip(group.sites, group.layers, strict=True):
                 layers |= {name: LoraLayer(*layer.folded()) for name, layer in _named_layers(site, site_layers)}
         for site in self._dropped:
-            empty = site.weight.new_empty
-            layers |= {name: LoraLayer(empty(0, site.in_features), empty(site.out_features, 0)) for name, _ in site.modules}
+            kind = {"device": site.weight.device, "dtype": torch.promote_types(site.weight.dtype, torch.float16)}
+            nothing = LoraLayer(torch.empty(0, site.in_features, **kind), torch.empty(site.out_features, 0, **kind))
+            layers |= {name: nothing for name, _ in site.modules}
         order = {name: i for i, (name, _) in enumerate(self.model.named_modules())}
         layers = dict(sorted(layers.items(), key=lambda item: order.get(item[0], len(order))))
         return LoraAdapter(

@@ -14,7 +14,7 @@ from cobra.batch import Batch, model_device
 from cobra.deploy.cost import WORKSPACE, MergeSchedule, SiteShape, merge_schedule
 from cobra.lora import LoraLayer
 from cobra.notebook import folded_table
-from cobra.sites import Site, is_conv1d, linear_weight
+from cobra.sites import Site, is_conv1d, linear_weight, quantised
 from cobra_kernels.merge_lora import MergeItem, merge_lora_group
 
 ABOVE = ("raise", "keep")
@@ -138,15 +138,22 @@ def merge_layers(
 def merge_layers_in_place(work: Sequence[tuple[Site, LoraLayer]], workspace: int = WORKSPACE) -> Merge:
     """As `merge_layers` without new memory and without a way back; a sum that is not finite raises when it is too late."""
     items = _items(work)
-    _, statistics = _merge_in_chunks(items, [item.weight for item in items], workspace)
+    schedule_of(items, workspace)  # says now what it has to say
     try:
+        _, statistics = _merge_in_chunks(items, [item.weight for item in items], workspace)
         reports = [_report(item, sums, None) for item, sums in zip(items, statistics.tolist(), strict=True)]
-    except ValueError as error:
-        raise ValueError(f"{error}; it was merged in place: load the base model again") from error
+    except Exception as error:
+        raise ValueError(f"{error}; weights were merged in place: load the base model again") from error
     return Merge(tuple(site for site, _ in work), None, tuple(reports), kept=False)
 
 
 def _items(work: Sequence[tuple[Site, LoraLayer]]) -> list[MergeItem]:
+    for site, _ in work:
+        if quantised(site.module):
+            raise ValueError(
+                f"{site.name}.weight is {quantised(site.module)}, and a sum cannot be rounded back into it: save the adapter, "
+                "load the base unquantised or model.dequantize() it, and cobra.load_adapter(dir).attach(model).merge() there"
+            )
     return [MergeItem(linear_weight(site.module), layer.lora_A, layer.lora_B, site.name) for site, layer in work]
 
 
@@ -172,7 +179,7 @@ def _merge_in_chunks(items: Sequence[MergeItem], merged: Sequence[Tensor], works
         rows = [slice(piece.row_start, piece.row_stop) for piece in chunk.pieces]
         parts = [_rows(items[i], part) for i, part in zip(sites, rows, strict=True)]
         _, sums = merge_lora_group(parts, out=[merged[i][part] for i, part in zip(sites, rows, strict=True)])
-        statistics.index_add_(0, torch.tensor(sites), sums)
+        statistics.index_add_(0, torch.tensor(sites, device="cpu"), sums)
     return merged, statistics
 
 
@@ -198,11 +205,11 @@ def probe_outputs(model: nn.Module, values: object) -> Tensor:
 
 
 def _report(item: MergeItem, sums: list[float], tolerance: float | None) -> SiteReport:
-    delta, weight, lost = map(math.sqrt, sums) if all(map(math.isfinite, sums)) else (math.nan,) * 3
-    if math.isnan(lost):
+    if not math.isfinite(sums[2]):
         raise ValueError(
             f"{item.name}: the merged weight is not finite ({item.weight.dtype}); the adapter or the weight holds NaN or Inf"
         )
+    delta, weight, lost = map(math.sqrt, sums)
     share = lost / delta if delta else lost
     return SiteReport(item.name, item.lora_A.shape[0], delta, weight, share, tolerance is None or share <= tolerance)
 

@@ -14,7 +14,7 @@ _SIGNATURES = {  # name -> result, arguments
     "cobra_gate_words": (None, [ctypes.c_void_p] + [ctypes.c_int64] * 2 + [ctypes.c_uint64] * 2 + [ctypes.c_int64]),
     "cobra_merge": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p] + [ctypes.c_int64] * 2),
     "cobra_shrink": (ctypes.c_int32, [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 8),
-    "cobra_reduce": (None, [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 7),
+    "cobra_reduce": (ctypes.c_int32, [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 7),
 }
 
 

@@ -91,8 +91,9 @@ class _GatedLoraLinear(torch.autograd.Function):
         x, weight, lora_A, lora_B, z, h = ctx.saved_tensors
         needs_x, needs_weight, needs_A, needs_B, needs_z, _, needs_bias = ctx.needs_input_grad
         dA = dB = dz = None
-        g = shrink(dy, lora_B.to(dy.dtype).t())
-        if z is not None and z.ndim == 2:
+        per_token = z is not None and z.ndim == 2
+        g = shrink(dy, lora_B.to(dy.dtype).t()) if needs_x or needs_A or per_token else None
+        if per_token:
             gate, factor, rows = z.to(dy.dtype), ctx.scaling, lora_A
             dz = (g * h).mul_(factor).to(z.dtype) if needs_z else None
             g, h = g * gate, h * gate

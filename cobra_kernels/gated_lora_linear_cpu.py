@@ -3,24 +3,26 @@
     shrink   x (T, D), matrix (r, D)   ->   x matrixᵀ (T, r)          h = x Aᵀ,  g = dy B
     reduce   h (T, r), x (T, D)        ->   hᵀ x (r, D)               dA = gᵀ x,  dBᵀ = hᵀ dy
 
-In fp32 they are compiled (csrc/skinny.cpp), since BLAS is made for larger r: the same bits for any number of threads, and no
-atomics. Every other dtype, device and tensor class, and torch.compile, takes torch's own products.
+In fp32, from LEAST_TOKENS tokens on and up to rank MOST_RANK, they are compiled (csrc/skinny.cpp), since BLAS is made for
+larger matrices: the same bits for any number of threads, and no atomics. All else, torch.compile and tracing take torch's own.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cobra_kernels import extension
 
 PLAIN = (Tensor, nn.Parameter)
+LEAST_TOKENS, MOST_RANK = 96, 64
 
 
 def shrink(x: Tensor, matrix: Tensor) -> Tensor:
     """x (T, D), matrix (r, D) -> (T, r) in their dtype"""
-    if not _is_compiled(x, matrix) or x.stride(1) != 1:
-        return x @ matrix.t()
     (T, D), r = x.shape, len(matrix)
-    out = torch.empty(T, r)
+    if T < LEAST_TOKENS or r > MOST_RANK or x.stride(1) != 1 or not _is_compiled(x, matrix):
+        return x @ matrix.t()
+    out = torch.empty(T, r, dtype=torch.float32, device="cpu")
     sizes = (T, D, r, x.stride(0), *matrix.stride())
     pointers = x.data_ptr(), matrix.data_ptr(), out.data_ptr()
     if extension.load().cobra_shrink(*pointers, *sizes, torch.get_num_threads(), extension.CPU_LEVEL):
@@ -30,24 +32,22 @@ def shrink(x: Tensor, matrix: Tensor) -> Tensor:
 
 def reduce(h: Tensor, x: Tensor) -> Tensor:
     """h (T, r), x (T, D) -> (r, D) in their dtype"""
-    if not _is_compiled(h, x) or h.stride(1) != 1 or x.stride(1) != 1:
-        return h.t() @ x
     (T, D), r = x.shape, h.shape[1]
-    out = torch.empty(r, D)
+    if T < LEAST_TOKENS or r > MOST_RANK or h.stride(1) != 1 or x.stride(1) != 1 or not _is_compiled(h, x):
+        return h.t() @ x
+    out = torch.empty(r, D, dtype=torch.float32, device="cpu")
     sizes = (T, D, r, h.stride(0), x.stride(0))
-    extension.load().cobra_reduce(
-        h.data_ptr(), x.data_ptr(), out.data_ptr(), *sizes, torch.get_num_threads(), extension.CPU_LEVEL
-    )
+    pointers = h.data_ptr(), x.data_ptr(), out.data_ptr()
+    if extension.load().cobra_reduce(*pointers, *sizes, torch.get_num_threads(), extension.CPU_LEVEL):
+        raise MemoryError(f"no memory to sum {T} tokens in")
     return out
 
 
 def _is_compiled(a: Tensor, b: Tensor) -> bool:
-    return (
+    """Whether the numbers are where the pointers say, and nobody asks torch what it does."""
+    return not torch.compiler.is_compiling() and (
         a.dtype == b.dtype == torch.float32
-        and type(a) in PLAIN
-        and type(b) in PLAIN
-        and a.is_cpu
-        and b.is_cpu
-        and not torch.compiler.is_compiling()
+        and all(type(t) in PLAIN and t.is_cpu and not t.is_neg() and not t._is_zerotensor() for t in (a, b))
+        and _get_current_dispatch_mode() is None
         and extension.load() is not None
     )

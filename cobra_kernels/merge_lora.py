@@ -130,7 +130,7 @@ def _is_compiled(item: MergeItem, target: Tensor) -> bool:
     return (
         item.weight.device.type == "cpu"
         and item.weight.dtype in DTYPE_CODES
-        and all(type(t) in (Tensor, nn.Parameter) for t in (item.weight, item.lora_A, item.lora_B, target))
+        and all(type(t) in (Tensor, nn.Parameter) and not t.is_neg() for t in (item.weight, item.lora_A, item.lora_B, target))
         and _adjacent_dim(item.weight, target) is not None
     )
 
@@ -153,10 +153,11 @@ def _launch(library: ctypes.CDLL, items: list[MergeItem], targets: list[Tensor],
 
 def _out_of_range(items: Sequence[MergeItem], sums: Tensor) -> list[int]:
     """Rows of sums (items, 3) whose squares may have left fp32's range; at rank 0 two of them are 0."""
-    counts = torch.tensor([item.weight.numel() for item in items], dtype=torch.float64)[:, None]
-    ranked = torch.tensor([item.lora_A.shape[0] > 0 for item in items])[:, None]
+    counts = torch.tensor([item.weight.numel() for item in items], dtype=torch.float64, device="cpu")[:, None]
+    ranked = torch.tensor([item.lora_A.shape[0] > 0 for item in items], device="cpu")[:, None]
     usual = sums.isfinite() & ((sums >= LEAST_SQUARE * counts) | ~ranked)
-    return (~usual.all(1)).nonzero().flatten().tolist()
+    found = (~usual.all(1)).nonzero().flatten().tolist()
+    return [k for k in found if sums[k, 0] or (items[k].lora_B.any() and items[k].lora_A.any()) or not usual[k, 1]]
 
 
 @torch.no_grad()
@@ -167,12 +168,13 @@ def merge_lora_group(
 
     items: weights on the CPU in fp32, bf16 or fp16 are merged in one call of the compiled extension, on torch.get_num_threads()
         threads, to the same bits for any number of them; the others one after the other by torch
-    out: tensors to write to, one for each item, of the weight's shape and dtype; the weight itself merges in place. By default
+    out: tensors to write to, one for each item, of the weight's shape and dtype; the weight itself merges in place, other
+        overlaps of what is written with what is read or written are the caller's to rule out. By default
         new ones that lie in memory as the weights do: for a transposed view, a transposed view
 
     Returns the W' (N, K), and (items, 3) fp64 on the CPU, ‖ΔW‖², ‖W‖² and ‖(W' - W) - ΔW‖² of each, or None without
-    `statistics`. The last of the three is finite if and only if all of W' is. Sums whose squares may have left fp32's range are
-    made again in fp64, except in place, where W is gone: there they are Inf or 0.
+    `statistics`. Sums whose squares may have left fp32's range (about 1e19) are made again in fp64, except in place, where W is
+    gone: there they are Inf or 0. But for that the last of the three is finite if and only if all of W' is.
     """
     _check(items, out)
     targets = [torch.empty_like(item.weight) for item in items] if out is None else list(out)

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <new>
+#include <exception>
 #include <vector>
 
 #if defined(__linux__)
@@ -100,10 +100,10 @@ int64_t tile_columns(int64_t rank) {
 void prefer_huge_pages(const Site& site) {
 #if defined(__linux__)
   constexpr uintptr_t HUGE_PAGE = 1 << 21;
-  const uintptr_t size = uintptr_t(site.rows * site.out_stride * (site.dtype == 0 ? 4 : 2));
+  const uintptr_t size = uintptr_t(((site.rows - 1) * site.out_stride + site.columns) * (site.dtype == 0 ? 4 : 2));
   const uintptr_t first = (uintptr_t(site.out) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
   const uintptr_t last = (uintptr_t(site.out) + size) / HUGE_PAGE * HUGE_PAGE;
-  if (site.out != site.weight && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (site.rows > 0 && site.out != site.weight && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
   (void)site;
 #endif
@@ -144,7 +144,7 @@ void merge_sites(const Site* sites, int64_t count, double* statistics, int64_t t
 COBRA_EXPORT int32_t cobra_merge(const void* sites, int64_t count, double* statistics, int64_t threads, int64_t level) {
   try {
     cobra::merge_sites(static_cast<const cobra::Site*>(sites), count, statistics, threads, level);
-  } catch (const std::bad_alloc&) {
+  } catch (const std::exception&) {
     return 1;
   }
   return 0;

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <new>
+#include <exception>
 #include <vector>
 
 #include "export.h"
@@ -102,13 +102,18 @@ COBRA_EXPORT int32_t cobra_shrink(const float* x, const float* matrix, float* ou
                                   int64_t x_stride, int64_t matrix_row, int64_t matrix_column, int64_t threads, int64_t level) {
   try {
     cobra::shrink({x, matrix, out, tokens, features, rank, x_stride, matrix_row, matrix_column}, threads, level);
-  } catch (const std::bad_alloc&) {
+  } catch (const std::exception&) {
     return 1;
   }
   return 0;
 }
 
-COBRA_EXPORT void cobra_reduce(const float* h, const float* x, float* out, int64_t tokens, int64_t features, int64_t rank,
-                               int64_t h_stride, int64_t x_stride, int64_t threads, int64_t level) {
-  cobra::reduce({h, x, out, tokens, features, rank, h_stride, x_stride}, threads, level);
+COBRA_EXPORT int32_t cobra_reduce(const float* h, const float* x, float* out, int64_t tokens, int64_t features, int64_t rank,
+                                  int64_t h_stride, int64_t x_stride, int64_t threads, int64_t level) {
+  try {
+    cobra::reduce({h, x, out, tokens, features, rank, h_stride, x_stride}, threads, level);
+  } catch (const std::exception&) {
+    return 1;
+  }
+  return 0;
 }

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from cobra_kernels import extension
 from cobra_kernels import gated_lora_linear_cpu as cpu
@@ -22,6 +23,13 @@ SHAPES = {  # T, D, r
     "no tokens": (0, 12, 4),
 }
 pytestmark = pytest.mark.skipif(extension.load() is None, reason="the compiled extension was not built")
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch):
+    """Below the sizes that are worth a compiled product too."""
+    monkeypatch.setattr(cpu, "LEAST_TOKENS", 0)
+    monkeypatch.setattr(cpu, "MOST_RANK", 2**16)
 
 
 def compiled(function, a, b):
@@ -102,3 +110,37 @@ def test_torch_takes_what_is_not_compiled(monkeypatch):
     x, matrix, h = torch.randn(30, 20).t(), torch.randn(4, 30), torch.randn(20, 4)
     torch.testing.assert_close(cpu.shrink(x, matrix), x.contiguous() @ matrix.t())
     torch.testing.assert_close(cpu.reduce(h, x), h.t() @ x)
+
+
+def test_small_and_wide_products_are_left_to_blas(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(cpu, "_is_compiled", lambda a, b: pytest.fail("compiled"))
+    for T, r in ((cpu.LEAST_TOKENS - 1, 8), (200, cpu.MOST_RANK + 1)):
+        x, matrix, h = torch.randn(T, 30), torch.randn(r, 30), torch.randn(T, r)
+        assert torch.equal(cpu.shrink(x, matrix), x @ matrix.t())
+        assert torch.equal(cpu.reduce(h, x), h.t() @ x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_defaults_of_torch_do_not_reach_the_result(dtype, monkeypatch):
+    x, matrix, h = torch.randn(200, 30), torch.randn(4, 30), torch.randn(200, 4)
+    expected = cpu.shrink(x, matrix), cpu.reduce(h, x)
+    monkeypatch.setattr(torch, "empty", torch._C._VariableFunctions.empty)  # the poisoned one has no dtype of its own
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device("meta"):
+            found = cpu.shrink(x, matrix), cpu.reduce(h, x)
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_views_that_are_no_plain_numbers():
+    """Conjugates and zeros that exist in name alone, and what counts or traces operations."""
+    x, matrix = torch.randn(200, 30), torch.randn(4, 30)
+    torch.testing.assert_close(cpu.shrink(torch._neg_view(x), matrix), -x @ matrix.t())
+    assert not cpu.shrink(torch._efficientzerotensor(200, 30), matrix).any()
+    with FlopCounterMode(display=False) as counter:
+        cpu.shrink(x, matrix)
+    assert counter.get_total_flops() == 2 * 200 * 30 * 4

@@ -65,9 +65,23 @@ def test_merged_in_place(build):
     assert adapter.merge(reversible=False) == report
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == places
-    for call in (adapter.unmerge, adapter.detach):
-        with pytest.raises(ValueError, match=r"in place .*load the base model again"):
-            call()
+    with pytest.raises(ValueError, match=r"in place .*load the base model again"):
+        adapter.unmerge()
+    adapter.detach()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_merged_under_other_defaults():
+    """A default device and inference mode reach neither the merge nor the weights it makes."""
+    model, adapter = attached()
+    stir(adapter)
+    with torch.device("meta"):
+        adapter.merge(workspace=5_000)
+    adapter.unmerge()
+    with torch.inference_mode():
+        adapter.merge()
+    assert not any(p.is_inference() for p in model.parameters())
 
 
 def test_a_diverged_adapter_in_place_says_what_is_lost():

@@ -294,6 +294,13 @@ def test_statistics_beyond_the_squares_of_fp32(scale, level):
     assert 0 < statistics[0, 2] < float("inf")
 
 
+def test_an_update_of_zero_costs_no_second_pass(monkeypatch):
+    monkeypatch.setattr(MODULE, "_statistics_ref", lambda *_: pytest.fail("measured again"))
+    item = make_item(33, 21, 3)
+    _, statistics = merge_lora_group([MergeItem(item.weight, item.lora_A, torch.zeros_like(item.lora_B))])
+    assert statistics[0, ::2].tolist() == [0.0, 0.0] and statistics[0, 1] > 0
+
+
 def test_small_updates_of_large_weights(level):
     """What rounding loses is told to three digits where the update is 1e-4 of the weight, or less than its last bit."""
     for dtype, size in [(torch.float32, 1e-4), (torch.float32, 1e-8), (torch.bfloat16, 1e-4), (torch.float16, 1e-6)]:
