@@ -152,6 +152,7 @@ def test_numbers(folders, tmp_path):
         ("classifier", [("a", 1)] * 4, {}, "all labels to train on are '1'"),
         ("regressor", [("a", 1.5)] * 4, {}, "all labels to train on are '1.5'"),
         ("classifier", [("a", 1), ("b", 5)] * 4, {}, "label '5' is none of the model's 2 classes"),
+        ("classifier", [("a", "good"), ("b", "bad")] * 4, {}, "LABEL_1, or their numbers; classes are named by id2label"),
         ("encoder", [("a", "x"), ("b", 1)] * 4, {"task": "regression"}, "label 'x' is no number"),
         ("encoder", [("a", 1)], {}, "has 1 rows and all are held out"),
         ("classifier", [("a", 1), ("b", 0)], {"task": "regression"}, "is a classification model, and the task is regression"),

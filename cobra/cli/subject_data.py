@@ -85,7 +85,8 @@ def label_values(source: Source, examples: list[Example]) -> list[int] | list[fl
     if bad:
         known = ", ".join(list(source.config.label2id)[:8])
         raise ValueError(
-            f"label {bad[0]!r} is none of the model's {source.config.num_labels} classes: {known}, or their numbers"
+            f"label {bad[0]!r} is none of the model's {source.config.num_labels} classes: {known}, or their numbers; "
+            "classes are named by id2label and label2id in its config.json"
         )
     return [ids[label] for label in labels]
 
