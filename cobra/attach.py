@@ -31,7 +31,7 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
     capacity, unknown modules_to_save, and what `find_sites` raises; the model is then unchanged.
     """
     _check_free(model)
-    sites = find_sites(model, config.target_modules)
+    sites = find_sites(model, config.target_modules, allow_quantised=True)
     if scores is not None:
         sites = _scored_sites(model, sites, config, scores)
     members: dict[str, list[Site]] = {}
@@ -72,7 +72,7 @@ def attach_lora(model: nn.Module, lora: LoraAdapter) -> Adapter:
     for name, layer in layers.items():
         check_layer(model, name, layer)
     heads = {name: _head(model, name, state) for name, state in lora.heads.items()}
-    sites = find_sites(model, lambda name, module: name in layers)
+    sites = find_sites(model, lambda name, module: name in layers, allow_quantised=True)
     for site in sites:
         _check_one_update(site, layers)
 
@@ -156,7 +156,7 @@ def _scored_sites(model: nn.Module, sites: list[Site], config: CobraConfig, scor
     missing = sorted(known - {name for name, _ in model.named_modules(remove_duplicate=False)})
     if missing:
         raise ValueError(f"the scores are of another model: this one has no layer {missing[0]!r} ({len(missing)} are missing)")
-    found = fingerprint(find_sites(model, lambda name, module: name in known))
+    found = fingerprint(find_sites(model, lambda name, module: name in known, allow_quantised=True))
     if found != scores.fingerprint:
         raise ValueError(
             f"the scores are of another model: their fingerprint is {scores.fingerprint}, this model's {found}; "

@@ -74,7 +74,7 @@ def calibrate(
         raise ValueError(f"max_examples={max_examples}: expected at least 1")
     if any(isinstance(module, CobraLinear) for module in model.modules()):
         raise ValueError("an adapter is attached to the model; calibrate before attach(), or detach() or merge() it first")
-    sites = find_sites(model, target_modules)
+    sites = find_sites(model, target_modules, allow_quantised=True)
     rule = path_rule(estimator, quadrature, steps)
     target_of = _unwrapped(target) or partial(objective.default_target, model)
     loss_of = _unwrapped(loss) or partial(objective.default_loss, model)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from cobra.distributed import whole
 from cobra.lora import LoraLayer
-from cobra.sites import is_conv1d, linear_weight
+from cobra.sites import is_conv1d, is_quantised_linear
 from cobra_kernels import concrete_gates, gated_lora_linear
 
 if TYPE_CHECKING:
@@ -36,11 +36,15 @@ class CobraLinear(nn.Linear):
     where there is no noise; in evaluation mode z is sigmoid(lora_gate).
     """
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, *, transposed: bool, scaling: float, dropout: float):
+    def __init__(self, linear: nn.Module, *, scaling: float, dropout: float):
         nn.Module.__init__(self)  # nn.Linear's own would allocate a weight
-        self.weight, self.bias = weight, bias
-        self.transposed = transposed
-        self.out_features, self.in_features = self.linear_weight.shape
+        self.weight, self.bias = linear.weight, linear.bias
+        self.transposed = is_conv1d(linear)
+        packed = is_quantised_linear(linear)
+        # a quantised weight is read by its own layer alone, which is no submodule here: the parameters have one owner
+        self.__dict__["quantised_base"] = linear if packed else None
+        N, K = (linear.out_features, linear.in_features) if packed else self.linear_weight.shape
+        self.out_features, self.in_features = N, K
         self.scaling, self.dropout = scaling, dropout
         self.straight_through = False  # gates are rounded in the forward, and their gradient is the sample's
         self.cut: tuple[Tensor, Tensor] | None = None
@@ -65,11 +69,10 @@ class CobraLinear(nn.Linear):
         gate_logit: initial logit of every gate, or of each; None for no gates
         generator: of lora_A's initialisation, on the CPU
         """
-        weight = linear_weight(linear)
-        N, K = weight.shape
+        layer = cls(linear, scaling=scaling, dropout=dropout)
+        weight, N, K = layer.weight, layer.out_features, layer.in_features
         if not 1 <= rank <= min(N, K):
             raise ValueError(f"rank={rank} for a layer of {K} -> {N} features: expected 1 to {min(N, K)}")
-        layer = cls(linear.weight, linear.bias, transposed=is_conv1d(linear), scaling=scaling, dropout=dropout)
         # half-precision bases train fp32 adapters; fp64 stays fp64
         dtype = torch.promote_types(weight.dtype, torch.float32)
         bound = 1 / math.sqrt(K)
@@ -86,7 +89,7 @@ class CobraLinear(nn.Linear):
     @classmethod
     def from_lora(cls, linear: nn.Module, lora: LoraLayer, dropout: float = 0.0) -> CobraLinear:
         """The adapted form with matrices that exist, all gates open; of any rank, the scale is in lora_B."""
-        layer = cls(linear.weight, linear.bias, transposed=is_conv1d(linear), scaling=1.0, dropout=dropout)
+        layer = cls(linear, scaling=1.0, dropout=dropout)
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         layer.lora_A = nn.Parameter(lora.lora_A.detach().to(layer.weight.device, dtype, copy=True))
         layer.lora_B = nn.Parameter(lora.lora_B.detach().to(layer.weight.device, dtype, copy=True))
@@ -97,7 +100,7 @@ class CobraLinear(nn.Linear):
     @classmethod
     def sharing(cls, linear: nn.Module, other: CobraLinear) -> CobraLinear:
         """The adapted form of a module that computes with the same weight as `other`: one adapter, two biases."""
-        layer = cls(linear.weight, linear.bias, transposed=is_conv1d(linear), scaling=other.scaling, dropout=other.dropout)
+        layer = cls(linear, scaling=other.scaling, dropout=other.dropout)
         layer.lora_A, layer.lora_B, layer.lora_gate = other.lora_A, other.lora_B, other.lora_gate
         layer.straight_through = other.straight_through
         layer._add_gate_buffers()
@@ -150,11 +153,18 @@ class CobraLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> y (..., N)"""
         lora_A, lora_B, z = self.branch()
-        if not (self.training and self.dropout):
+        dropout = self.dropout if self.training else 0.0
+        if not dropout and self.quantised_base is None:
             return gated_lora_linear(x, self.linear_weight, lora_A, lora_B, z, scaling=self.scaling, bias=self.bias)
-        h = F.linear(F.dropout(x, self.dropout), lora_A.to(x.dtype))
+        h = F.linear(F.dropout(x, dropout) if dropout else x, lora_A.to(x.dtype))
         h = h if z is None else h * z.to(h.dtype)
-        return F.linear(x, self.linear_weight, self.bias) + self.scaling * F.linear(h, lora_B.to(h.dtype))
+        return self._base(x) + self.scaling * F.linear(h, lora_B.to(h.dtype))
+
+    def _base(self, x: Tensor) -> Tensor:
+        if self.quantised_base is None:
+            return F.linear(x, self.linear_weight, self.bias)
+        self.quantised_base.weight, self.quantised_base.bias = self.weight, self.bias  # where the model was moved since
+        return self.quantised_base(x)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"adapter": None}  # a copied or pickled layer leaves the handle, and with it the model, behind

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cobra.sites import is_conv1d
+from cobra.sites import is_conv1d, is_quantised_linear
 
 if TYPE_CHECKING:
     from cobra.adapter import Adapter
@@ -101,7 +101,8 @@ def check_layer(model: nn.Module, name: str, layer: LoraLayer) -> None:
         module = model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"the adapter is of another model: this one has no layer {name!r}") from None
-    if not (isinstance(module, nn.Linear) or is_conv1d(module)) or not module.weight.is_floating_point():
+    plain = (isinstance(module, nn.Linear) or is_conv1d(module)) and module.weight.is_floating_point()
+    if not plain and not is_quantised_linear(module):
         raise ValueError(
             f"{name} is a {type(module).__name__}, and the adapter is for nn.Linear or Conv1D in floating point: where the "
             "base is quantised, choose its dequantised form (load it unquantised, or model.dequantize())"

@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +84,27 @@ def quantised(module: nn.Module) -> str | None:
     return f"{kind} in a {type(module).__name__}"
 
 
+def is_quantised_linear(module: nn.Module) -> bool:
+    """Whether a quantised layer computes x Wᵀ + b by a forward of its own or its weight's (bitsandbytes, torchao)."""
+    if not isinstance(module, nn.Linear) or quantised(module) is None:
+        return False
+    return type(module).forward is not nn.Linear.forward or is_traceable_wrapper_subclass(module.weight)
+
+
+def keep_differentiable(name: str, module: nn.Module) -> None:
+    """At the first evaluation bitsandbytes packs 4-bit weights for some CPUs in a form that has no backward; not from now on.
+
+    Raises ValueError where it has done so: what it unpacks (0.50) is not what it packed.
+    """
+    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        raise ValueError(
+            f"{name}.weight was packed for inference by bitsandbytes when the model was evaluated, and has no backward now: "
+            "load the model again, and calibrate or attach before the first evaluation"
+        )
+    if getattr(module, "support_avx512bf16_for_cpu", False):
+        module.support_avx512bf16_for_cpu = False
+
+
 def linear_weight(module: nn.Module) -> Tensor:
     """The weight as (N, K), a view."""
     return module.weight.t() if is_conv1d(module) else module.weight
@@ -108,7 +129,7 @@ def task_heads(model: nn.Module) -> dict[str, nn.Module]:
         numbered = re.search(r"(?:^|\.)\d+(?:\.|$)", name)  # a block's own part, not the model's head
         if inside or numbered or name.split(".")[-1] not in TASK_HEADS or module is language_head(model):
             continue
-        if any(map(is_linear, module.modules())):
+        if any(is_linear(part) or is_quantised_linear(part) for part in module.modules()):
             found[name] = module
     return found
 
@@ -116,22 +137,29 @@ def task_heads(model: nn.Module) -> dict[str, nn.Module]:
 def head_names(model: nn.Module) -> set[str]:
     """Full names of the linear layers that are output heads or part of one."""
     heads = {id(part) for head in task_heads(model).values() for part in head.modules()} | {id(language_head(model))}
-    named = model.named_modules(remove_duplicate=False)
-    return {n for n, m in named if is_linear(m) and (id(m) in heads or n.split(".")[-1] in LANGUAGE_HEADS)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    linears = {n for n, m in modules.items() if is_linear(m) or is_quantised_linear(m)}
+    return {n for n in linears if id(modules[n]) in heads or n.split(".")[-1] in LANGUAGE_HEADS}
 
 
-def find_sites(model: nn.Module, target_modules: TargetModules = "all-linear") -> list[Site]:
+def find_sites(model: nn.Module, target_modules: TargetModules = "all-linear", *, allow_quantised: bool = False) -> list[Site]:
     """The sites of a model, in the order of its modules.
 
     target_modules: "all-linear" leaves out the output heads and weights tied to an embedding; otherwise as in `CobraConfig`
+    allow_quantised: also layers whose weight cannot be read, but which compute with it (`is_quantised_linear`)
 
     Raises ValueError for names that match no linear layer (with close names), a model without linear layers, weights that
     are quantised, sharded or empty, weights tied to an embedding, and a model in DistributedDataParallel.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("the model is wrapped in DistributedDataParallel; give COBRA model.module, and wrap it after attach()")
-    _check_quantised(model, target_modules)
-    linears = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n and is_linear(m)]
+    allowed = is_quantised_linear if allow_quantised else lambda module: False
+    _check_quantised(model, target_modules, allowed)
+    for name, module in model.named_modules():
+        if allowed(module):
+            keep_differentiable(name, module)
+    named = model.named_modules(remove_duplicate=False)
+    linears = [(n, m) for n, m in named if n and (is_linear(m) or allowed(m))]
     if not linears:
         if is_linear(model):
             raise ValueError("the model is itself one linear layer; wrap it, e.g. nn.Sequential(model), so it can be replaced")
@@ -159,9 +187,15 @@ def find_sites(model: nn.Module, target_modules: TargetModules = "all-linear") -
 
 
 def fingerprint(sites: list[Site]) -> str:
-    """A hash of names, shapes and 64 sampled values of each weight, equal for fp32 and bf16 copies of one checkpoint."""
+    """A hash of names, shapes and 64 sampled values of each weight, equal for fp32 and bf16 copies of one checkpoint.
+
+    Of quantised weights it holds the kind and no values.
+    """
     digest = hashlib.sha256()
     for site in sites:
+        if is_quantised_linear(site.module):
+            digest.update(f"{site.name} {(site.out_features, site.in_features)} {quantised(site.module)}".encode())
+            continue
         weight = site.weight.detach()
         rows = torch.arange(64) * 7919 % weight.shape[0]
         columns = torch.arange(64) * 104729 % weight.shape[1]
@@ -200,9 +234,9 @@ def _close(target: str, linears: list[tuple[str, nn.Module]]) -> str:
     return f" (did you mean {', '.join(map(repr, close))}?)"
 
 
-def _check_quantised(model: nn.Module, targets: TargetModules) -> None:
+def _check_quantised(model: nn.Module, targets: TargetModules, allowed: Callable[[nn.Module], bool]) -> None:
     """Before anything is chosen: a quantised layer that a target would mean is not to be left out in silence."""
-    found = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n and quantised(m)]
+    found = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n and quantised(m) and not allowed(m)]
     if isinstance(targets, str) and targets == "all-linear":
         meant = [n for n, m in found if m is not language_head(model) and n.split(".")[-1] not in LANGUAGE_HEADS | TASK_HEADS]
     elif isinstance(targets, str):
@@ -238,5 +272,7 @@ def _group_by_weight(chosen: list[tuple[str, nn.Module]]) -> Iterator[Site]:
     for name, module in chosen:
         groups.setdefault(id(module.weight), []).append((name, module))
     for members in groups.values():
-        out_features, in_features = linear_weight(members[0][1]).shape
-        yield Site(members[0][0], tuple(members), in_features, out_features)
+        module = members[0][1]
+        packed = is_quantised_linear(module)
+        N, K = (module.out_features, module.in_features) if packed else linear_weight(module).shape
+        yield Site(members[0][0], tuple(members), K, N)

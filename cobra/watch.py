@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cobra.sites import Site
+from cobra.sites import Site, is_quantised_linear
 
 OnCall = Callable[[int, Tensor, Tensor], Tensor | None]
 
@@ -19,6 +20,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval()
+    for module in model.modules():
+        if is_quantised_linear(module):
+            module.training = True  # bitsandbytes' 8-bit layers have their backward there, and no noise
     for p in trainable:
         p.requires_grad_(False)
     try:
@@ -72,10 +76,12 @@ class SavedBytes:
 
     def __init__(self, model: nn.Module):
         self.total = 0
-        self._counted = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._counted = {p.untyped_storage().data_ptr() for p in model.parameters() if not is_traceable_wrapper_subclass(p)}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
 
     def _count(self, tensor: Tensor) -> Tensor:
+        if is_traceable_wrapper_subclass(tensor):
+            return tensor  # a quantised weight, which has no storage of its own
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._counted:
             self._counted.add(storage.data_ptr())

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+
+# what peft and transformers load where it is installed, and which says at once what it has no kernels for
+TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 
 
 def main() -> None:
@@ -13,4 +17,6 @@ def main() -> None:
         if error.name in {"typer", "rich", "yaml"}:
             sys.exit(f"the cobra command needs {error.name}: pip install 'cobra-peft[cli]'")
         raise
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     app()
