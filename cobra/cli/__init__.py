@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 
 # what peft and transformers load where it is installed, and which says at once what it has no kernels for
 TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
@@ -19,4 +20,5 @@ def main() -> None:
         raise
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own calls of its own names
     app()

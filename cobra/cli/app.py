@@ -59,14 +59,17 @@ def demo(
 @app.command()
 def check(
     folder: Annotated[Path, typer.Argument(help="A LoRA adapter: adapter_config.json and adapter_model.safetensors.")],
-    engines: Annotated[str, typer.Option("--for", help="peft, transformers, vllm, sglang, gguf; with commas.")] = "",
+    engines: Annotated[
+        str, typer.Option("--for", help="peft, transformers, vllm, sglang, gguf, with commas; all by default.")
+    ] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Whether engines load an adapter, of COBRA or any other, with the right scale; exit code 1 where one does not."""
     with explained():
         from cobra.export.check import ENGINES, check_adapter
 
-        found = check_adapter(folder, _names(engines) or ENGINES)
+        asked = _names(engines)
+        found = check_adapter(folder, ENGINES if asked in ((), ("all",)) else asked)
     typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else found.table())
     if not found.ok:
         raise typer.Exit(1)
