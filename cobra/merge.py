@@ -143,7 +143,7 @@ def merge_layers_in_place(work: Sequence[tuple[Site, LoraLayer]], workspace: int
         _, statistics = _merge_in_chunks(items, [item.weight for item in items], workspace)
         reports = [_report(item, sums, None) for item, sums in zip(items, statistics.tolist(), strict=True)]
     except Exception as error:
-        raise ValueError(f"{error}; weights were merged in place: load the base model again") from error
+        raise ValueError(f"{error}; weights may be merged in place by now: load the base model again") from error
     return Merge(tuple(site for site, _ in work), None, tuple(reports), kept=False)
 
 
