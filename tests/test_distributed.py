@@ -197,8 +197,10 @@ def fsdp2_precisions(rank: int) -> dict:
 def accelerated(rank: int, ranks: int = RANKS) -> dict:
     """The README's loop with an Accelerator; batch i of the loader goes to rank i modulo the number of ranks."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
-    accelerator = Accelerator(cpu=True)
+    AcceleratorState._reset_state()  # it is one for the process, as is its environment: a Trainer may have left bf16 there
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
     data = image_batch(12)
     examples = [{"pixel_values": x, "labels": y} for x, y in zip(data["pixel_values"], data["labels"], strict=True)]
     model, adapter = attached(vit, **CONFIG)
