@@ -15,20 +15,12 @@ typedef uint16_t Halves;
 #define COBRA_CONVERT(To, from) static_cast<To>(from)
 #endif
 
-template <class Vector>
-COBRA_INLINE Vector load(const void* from) {
-  Vector vector;
-  std::memcpy(&vector, from, sizeof vector);
-  return vector;
-}
+#include "merge_math.h"
 
 template <class Vector>
 COBRA_INLINE void store(void* to, Vector vector) {
   std::memcpy(to, &vector, sizeof vector);
 }
-
-COBRA_INLINE Words words(Floats floats) { return load<Words>(&floats); }
-COBRA_INLINE Floats floats(Words words) { return load<Floats>(&words); }
 
 // Conversions: one instruction each where the compiler would not find it.
 
@@ -49,23 +41,8 @@ COBRA_INLINE Words narrow_float16(Floats value) { return (Words)_mm256_cvtepu16_
 #else
 COBRA_INLINE Words load_halves(const uint16_t* from) { return COBRA_CONVERT(Words, load<Halves>(from)); }
 COBRA_INLINE void store_halves(uint16_t* to, Words half) { store(to, COBRA_CONVERT(Halves, half)); }
-COBRA_INLINE Floats widen_float16(Words half) {
-  const Words magnitude = half & 0x7FFFu, sign = (half & 0x8000u) << 16;
-  const Words subnormal = words(COBRA_CONVERT(Floats, load<Integers>(&magnitude)) * 0x1p-24f);
-  const Words normal = (magnitude << 13) + (112u << 23), special = (magnitude << 13) + (224u << 23);
-  const Words finite = magnitude < 0x400u ? subnormal : normal;
-  return floats(sign | (magnitude < 0x7C00u ? finite : special));
-}
-COBRA_INLINE Words narrow_float16(Floats value) {
-  const Words bits = words(value), magnitude = bits & 0x7FFFFFFFu, sign = (bits >> 16) & 0x8000u;
-  // the last bit of 1/2 is the smallest half: adding it rounds a smaller number to a multiple of that
-  const Words subnormal = words(floats(magnitude) + 0.5f) - 0x3F000000u;
-  const Words normal = (magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
-  const Words finite = magnitude < 0x38800000u ? subnormal : normal;
-  const Words infinity = magnitude * 0u + 0x7C00u;
-  const Words special = magnitude > 0x7F800000u ? infinity | 0x200u : infinity;
-  return sign | (magnitude < 0x47800000u ? finite : special);
-}
+COBRA_INLINE Floats widen_float16(Words half) { return expand_float16(half); }
+COBRA_INLINE Words narrow_float16(Floats value) { return round_float16(value); }
 #endif
 
 // sum + x x, explicitly in one instruction: left to the compiler, bits would depend on the code around it
@@ -105,28 +82,21 @@ struct Float32 {
     STREAMS ? stream(to, value) : store(to, value);
     return value;
   }
-  // Knuth's two-sum: exact
-  COBRA_INLINE Floats lost(Floats before, Floats delta, Floats after) {
-    const Floats added = after - before;
-    return (after - added - before) + (added - delta);
-  }
+  COBRA_INLINE Floats lost(Floats before, Floats delta, Floats after) { return lost_by_float32(before, delta, after); }
 };
 
-// after - before is exact where they are near each other, and far from what is lost where they are not
 struct Half {
   using Number = uint16_t;
-  COBRA_INLINE Floats lost(Floats before, Floats delta, Floats after) { return (after - before) - delta; }
+  COBRA_INLINE Floats lost(Floats before, Floats delta, Floats after) { return lost_by_half(before, delta, after); }
 };
 
 struct BFloat16 : Half {
-  COBRA_INLINE Floats get(const uint16_t* from) { return floats(load_halves(from) << 16); }
+  COBRA_INLINE Floats get(const uint16_t* from) { return expand_bfloat16(load_halves(from)); }
   template <bool STREAMS>
   COBRA_INLINE Floats put(uint16_t* to, Floats value) {
-    const Words bits = words(value), quiet = bits | 0x400000u;
-    const Words rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
-    const Words half = (value == value ? rounded : quiet) >> 16;
+    const Words half = round_bfloat16(value);
     STREAMS ? stream_halves(to, half) : store_halves(to, half);
-    return floats(half << 16);
+    return expand_bfloat16(half);
   }
 };
 

@@ -14,6 +14,7 @@
 
 #include "export.h"
 #include "isa.h"
+#include "merge_site.h"
 #include "parallel.h"
 
 #if defined(__GNUC__)
@@ -32,17 +33,6 @@
 namespace cobra {
 namespace {
 
-// Words of 64 bits in the order of cobra_kernels/merge_lora.py. Strides count elements; columns of weight and out are adjacent.
-struct Site {
-  const void* weight;  // (rows, columns)
-  void* out;           // (rows, columns), may be weight
-  const float* left;   // (rows, rank)
-  const float* right;  // (rank, columns)
-  int64_t rows, columns, rank;
-  int64_t weight_stride, out_stride, left_row, left_rank, right_rank, right_column;
-  int64_t dtype;  // 0 fp32, 1 bf16, 2 fp16
-};
-
 struct Tile {
   const Site* site;
   int64_t row, rows, column, columns;
@@ -52,9 +42,7 @@ constexpr int64_t TILE_ROWS = 192;       // a multiple of ROWS
 constexpr int64_t TILE_COLUMNS = 512;    // at most
 constexpr int64_t TILE_FACTORS = 32768;  // elements of R in a tile, so that they stay in cache
 constexpr int64_t MOST_COLUMNS = 64;     // of a panel: a multiple of every PANEL
-constexpr int64_t RANK_BLOCK = 256;      // ranks that are summed in a row
 constexpr int ROWS = 4;                  // of a block
-constexpr int64_t SUMS = 3;              // of squares: L R, W, (W' - W) - L R
 
 #define COBRA_ISA portable
 #define COBRA_TARGET
