@@ -1,10 +1,13 @@
-"""Builds the optional C extension: plain functions over raw pointers, loaded with ctypes."""
+"""Builds what is compiled, both parts optional: C++ for the CPU, and CUDA where there is an nvcc. Loaded with ctypes."""
 
 import os
+import runpy
 import sys
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 windows, linux = os.name == "nt", sys.platform == "linux"
 extension = Extension(
@@ -18,4 +21,16 @@ extension = Extension(
     optional=True,
 )
 
-setup(ext_modules=[extension])
+
+class BuildWithCuda(build_ext):
+    """Puts the CUDA library, or the reason why there is none, beside the extension."""
+
+    def run(self) -> None:
+        super().run()
+        folder = Path(self.get_ext_fullpath(extension.name)).resolve().parent
+        folder.mkdir(parents=True, exist_ok=True)
+        report = runpy.run_path(str(Path(__file__).with_name("csrc") / "nvcc.py"))["build"](folder)
+        print("CUDA kernels:", f"built for {report['nvcc']}" if report["built"] else f"not built, {report['reason']}")
+
+
+setup(ext_modules=[extension], cmdclass={"build_ext": BuildWithCuda})

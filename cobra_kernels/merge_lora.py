@@ -11,13 +11,17 @@ the CPU is merged in one pass over its memory, and what rounding lost is summed 
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from cobra_kernels import extension
+from cobra_kernels import cuda_extension, extension
+from cobra_kernels.backend import require_triton
 from cobra_kernels.precision import full_precision
 
+Backend = Literal["cuda", "triton"]
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/merge.cpp
 LEAST_SQUARE = 1e-30  # a mean square below it may have lost squares to underflow
 
@@ -125,30 +129,65 @@ def _adjacent_dim(weight: Tensor, target: Tensor) -> int | None:
     return None
 
 
-def _is_compiled(item: MergeItem, target: Tensor) -> bool:
-    """Whether the extension takes it: plain fp32, bf16 or fp16 in CPU memory."""
+def _is_plain(item: MergeItem, target: Tensor) -> bool:
+    """Whether compiled kernels take it: fp32, bf16 or fp16, in memory that an address and strides describe."""
     return (
-        item.weight.device.type == "cpu"
-        and item.weight.dtype in DTYPE_CODES
+        item.weight.dtype in DTYPE_CODES
         and all(type(t) in (Tensor, nn.Parameter) and not t.is_neg() for t in (item.weight, item.lora_A, item.lora_B, target))
         and _adjacent_dim(item.weight, target) is not None
     )
 
 
-def _launch(library: ctypes.CDLL, items: list[MergeItem], targets: list[Tensor], statistics: Tensor | None) -> None:
-    """One call of cobra_merge; fields of a site as in csrc/merge.cpp."""
-    factors = [(item.lora_B.float(), item.lora_A.float()) for item in items]  # held until the call is over
+def _fields(items: Sequence[MergeItem], targets: Sequence[Tensor]) -> tuple[list[int], list[tuple[int, int]], list[Tensor]]:
+    """Sites as in csrc/merge_site.h, the (rows, columns) of each, and fp32 factors to hold until the merge is over."""
     fields: list[int] = []
-    for item, target, (left, right) in zip(items, targets, factors, strict=True):
-        weight = item.weight
+    shapes: list[tuple[int, int]] = []
+    factors: list[Tensor] = []
+    for item, target in zip(items, targets, strict=True):
+        weight, left, right = item.weight, item.lora_B.float(), item.lora_A.float()
         if _adjacent_dim(weight, target) == 0:
             weight, target, left, right = weight.t(), target.t(), right.t(), left.t()
         fields += (weight.data_ptr(), target.data_ptr(), left.data_ptr(), right.data_ptr(), *weight.shape, right.shape[0])
         fields += (weight.stride(0), target.stride(0), *left.stride(), *right.stride(), DTYPE_CODES[weight.dtype])
+        shapes.append(tuple(weight.shape))
+        factors += (left, right)
+    return fields, shapes, factors
+
+
+def _merge_compiled(items: Sequence[MergeItem], targets: Sequence[Tensor], statistics: bool) -> Tensor | None:
+    """One call of the C++ extension; (items, 3) sums or None."""
+    fields, _, _factors = _fields(items, targets)
     sites = (ctypes.c_int64 * len(fields))(*fields)
-    sums = None if statistics is None else statistics.data_ptr()
-    if library.cobra_merge(sites, len(items), sums, torch.get_num_threads(), extension.CPU_LEVEL):
+    sums = torch.empty(len(items), 3, dtype=torch.float64, device="cpu") if statistics else None
+    pointer = None if sums is None else sums.data_ptr()
+    if extension.load().cobra_merge(sites, len(items), pointer, torch.get_num_threads(), extension.CPU_LEVEL):
         raise MemoryError(f"no memory to merge {len(items)} weights in")
+    return sums
+
+
+def _merge_on_device(
+    backend: Backend, items: Sequence[MergeItem], targets: Sequence[Tensor], statistics: bool
+) -> Tensor | None:
+    """One launch of the kernels that were asked for; (items, 3) sums on the CPU or None."""
+    weights = [item.weight for item in items]
+    for item, target in zip(items, targets, strict=True):
+        if not _is_plain(item, target) or item.weight.device != weights[0].device:
+            raise ValueError(
+                f"{item.name}: backend={backend!r} takes plain fp32, bf16 and fp16 weights with dense rows or columns, all on "
+                f"one device, not {item.weight.dtype} {item.weight.stride()} on {item.weight.device}; leave backend out"
+            )
+    if backend == "cuda":
+        from cobra_kernels import merge_lora_cuda as kernels
+
+        library = [cuda_extension.require(*weights)]
+    else:
+        require_triton(weights[0])
+        from cobra_kernels import merge_lora_triton as kernels
+
+        library = []
+    fields, shapes, _factors = _fields(items, targets)
+    sums = kernels.launch(*library, fields, shapes, weights[0].device, statistics)
+    return None if sums is None else sums.cpu()
 
 
 def _out_of_range(items: Sequence[MergeItem], sums: Tensor) -> list[int]:
@@ -162,7 +201,11 @@ def _out_of_range(items: Sequence[MergeItem], sums: Tensor) -> list[int]:
 
 @torch.no_grad()
 def merge_lora_group(
-    items: Sequence[MergeItem], *, out: Sequence[Tensor] | None = None, statistics: bool = True
+    items: Sequence[MergeItem],
+    *,
+    out: Sequence[Tensor] | None = None,
+    statistics: bool = True,
+    backend: Backend | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
     """The merged weights of a whole model, and what each gained and lost. No gradient passes.
 
@@ -171,6 +214,7 @@ def merge_lora_group(
     out: tensors to write to, one for each item, of the weight's shape and dtype; the weight itself merges in place, other
         overlaps of what is written with what is read or written are the caller's to rule out. By default
         new ones that lie in memory as the weights do: for a transposed view, a transposed view
+    backend: "cuda" and "triton" merge all weights, on one CUDA device, in one launch, or raise; neither has run on a GPU yet
 
     Returns the W' (N, K), and (items, 3) fp64 on the CPU, ‖ΔW‖², ‖W‖² and ‖(W' - W) - ΔW‖² of each, or None without
     `statistics`. Sums whose squares may have left fp32's range (about 1e19) are made again in fp64, except in place, where W is
@@ -179,11 +223,14 @@ def merge_lora_group(
     _check(items, out)
     targets = [torch.empty_like(item.weight) for item in items] if out is None else list(out)
     sums = torch.zeros(len(items), 3, dtype=torch.float64, device="cpu") if statistics else None
-    library = extension.load()
-    chosen = [i for i, item in enumerate(items) if library is not None and _is_compiled(item, targets[i])]
+    if backend is None:
+        compiled = extension.load() is not None
+        chosen = [i for i, item in enumerate(items) if compiled and item.weight.is_cpu and _is_plain(item, targets[i])]
+        merge = _merge_compiled
+    else:
+        chosen, merge = list(range(len(items))), partial(_merge_on_device, backend)
     if chosen:
-        part = torch.empty(len(chosen), 3, dtype=torch.float64, device="cpu") if statistics else None
-        _launch(library, [items[i] for i in chosen], [targets[i] for i in chosen], part)
+        part = merge([items[i] for i in chosen], [targets[i] for i in chosen], statistics)
         if sums is not None:
             for k in _out_of_range([items[i] for i in chosen], part):
                 if targets[chosen[k]].data_ptr() != items[chosen[k]].weight.data_ptr():

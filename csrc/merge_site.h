@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define COBRA_HOST_DEVICE __host__ __device__
+#else
+#define COBRA_HOST_DEVICE
+#endif
+
 namespace cobra {
 
 // Words of 64 bits in the order of cobra_kernels/merge_lora.py. Strides count elements; columns of weight and out are adjacent.
@@ -18,5 +24,19 @@ struct Site {
 
 constexpr int64_t RANK_BLOCK = 256;  // ranks that are summed in a row
 constexpr int64_t SUMS = 3;          // of squares: L R, W, (W' - W) - L R
+
+// The site that a tile is of. first_tile: (count + 1,), rising; sites without a tile are never found.
+COBRA_HOST_DEVICE inline int64_t find_site(const int64_t* first_tile, int64_t count, int64_t tile) {
+  int64_t first = 0, last = count - 1;
+  while (first < last) {
+    const int64_t middle = (first + last) / 2;
+    if (first_tile[middle + 1] <= tile) {
+      first = middle + 1;
+    } else {
+      last = middle;
+    }
+  }
+  return first;
+}
 
 }  // namespace cobra

@@ -8,7 +8,7 @@ from importlib import metadata
 import torch
 
 import cobra
-from cobra_kernels import extension
+from cobra_kernels import cuda_extension, extension
 
 LIBRARIES = ("numpy", "safetensors", "triton", "transformers", "peft", "trl", "accelerate", "captum", "matplotlib")
 
@@ -32,8 +32,17 @@ def describe() -> dict[str, str]:
     facts["Triton kernels"] = (
         "packed_lora, gated_lora_linear: off by default, compiled and interpreted, never run on a GPU (backend='triton')"
     )
-    facts["CUDA kernels"] = "none in this release: torch's own operations on every device"
+    facts["CUDA kernels"] = _cuda_kernels()
     return facts
+
+
+def _cuda_kernels() -> str:
+    reason = cuda_extension.why_not()
+    if reason:
+        return f"none, and none is needed: {reason}"
+    report = cuda_extension.report()
+    built_for = ", ".join(sorted({row["arch"] for row in report.get("kernels", [])}))
+    return f"built by nvcc {report.get('nvcc')} for {built_for}: off by default, never run on a GPU (backend='cuda')"
 
 
 def _device() -> str:

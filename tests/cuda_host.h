@@ -1,0 +1,172 @@
+// CUDA on the CPU, for tests: what csrc/*.cu need, so that a C++ compiler takes them and their kernels run without a GPU.
+//
+// The threads of a block are fibers of one thread: each runs until it waits for others, at a barrier or in an operation of a warp.
+// Blocks run one after the other. Copies to shared memory happen when they are waited for, as late as they may on a device, and
+// shared memory begins as NaN. Fragments of ldmatrix and mma are laid out as in the PTX manual.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+#define COBRA_DYNAMIC_SHARED(name) unsigned char* const name = cuda_host::block->shared.data()
+
+using std::max;
+using std::min;
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_host {
+
+constexpr int WARP = 32, SLOT = 64;
+constexpr size_t STACK = 1 << 17;
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
+struct Barrier {
+  int arrived = 0, generation = 0;
+};
+
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[STACK]};
+  bool done = false;
+  std::vector<Copy> open;                   // copies that no group has yet
+  std::vector<std::vector<Copy>> groups;    // in order
+};
+
+struct Block {
+  std::vector<Thread> threads;
+  std::vector<unsigned char> shared;
+  std::vector<Barrier> warps;
+  std::vector<unsigned char> slots;  // (threads, SLOT): what lanes show each other
+  Barrier barrier;
+  ucontext_t scheduler;
+  std::function<void()> body;
+  int current = 0, arrivals = 0;
+};
+
+inline Block* block = nullptr;
+
+inline void yield() {
+  Thread& thread = block->threads[size_t(block->current)];
+  swapcontext(&thread.context, &block->scheduler);
+}
+
+inline void wait_for(Barrier& barrier, int count) {
+  const int generation = barrier.generation;
+  ++block->arrivals;
+  if (++barrier.arrived == count) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  while (barrier.generation == generation) yield();
+}
+
+inline int lane() { return block->current % WARP; }
+
+// What each lane of the warp shows; good until the next exchange
+template <class Value>
+const unsigned char* exchange(const Value& value) {
+  static_assert(sizeof(Value) <= SLOT, "larger than a slot");
+  Barrier& warp = block->warps[size_t(block->current / WARP)];
+  wait_for(warp, WARP);  // all have read what was shown before
+  std::memcpy(&block->slots[size_t(block->current * SLOT)], &value, sizeof value);
+  wait_for(warp, WARP);
+  return &block->slots[size_t(block->current / WARP * WARP * SLOT)];
+}
+
+template <class Value>
+Value shown(const unsigned char* slots, int lane) {
+  Value value;
+  std::memcpy(&value, slots + lane * SLOT, sizeof value);
+  return value;
+}
+
+inline void enter() {
+  block->body();
+  block->threads[size_t(block->current)].done = true;
+  swapcontext(&block->threads[size_t(block->current)].context, &block->scheduler);
+}
+
+inline void run_block(int threads, size_t shared, const std::function<void()>& body) {
+  Block here;
+  block = &here;
+  here.body = body;
+  here.threads.resize(size_t(threads));
+  here.shared.assign(shared, 0xFF);  // NaN in every format
+  here.warps.resize(size_t((threads + WARP - 1) / WARP));
+  here.slots.resize(size_t(threads * SLOT));
+  for (Thread& thread : here.threads) {
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = STACK;
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, enter, 0);
+  }
+  for (int left = threads; left;) {
+    const int before = here.arrivals, running = left;
+    for (here.current = 0; here.current < threads; ++here.current) {
+      Thread& thread = here.threads[size_t(here.current)];
+      if (thread.done) continue;
+      threadIdx = dim3(unsigned(here.current));
+      swapcontext(&here.scheduler, &thread.context);
+      left -= thread.done;
+    }
+    if (left == running && before == here.arrivals) {
+      std::fprintf(stderr, "threads of a block wait for others that never come\n");
+      std::abort();
+    }
+  }
+}
+
+}  // namespace cuda_host
+
+inline void __syncthreads() { cuda_host::wait_for(cuda_host::block->barrier, int(blockDim.x)); }
+
+template <class Value>
+Value __shfl_down_sync(unsigned, Value value, int step) {
+  const unsigned char* slots = cuda_host::exchange(value);
+  const int from = cuda_host::lane() + step;
+  return from < cuda_host::WARP ? cuda_host::shown<Value>(slots, from) : value;
+}
+
+namespace cobra {
+
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, void*, Arguments... arguments) {
+  gridDim = grid, blockDim = dim3(unsigned(threads));
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        blockIdx = dim3(x, y, z);
+        cuda_host::run_block(threads, shared, [&] { kernel(arguments...); });
+      }
+  return 0;
+}
+
+}  // namespace cobra
