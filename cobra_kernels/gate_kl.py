@@ -12,32 +12,25 @@ Sampled, concrete against concrete at one temperature, one draw t = (a + noise) 
 
 so that the temperature cancels and only the moved sample carries a gradient to a.
 
-The prior gets no gradient. Everything is fp32 or fp64.
+The prior gets no gradient. Operands and results are fp32 or fp64; the arithmetic is fp64, rounded once.
 """
 
-import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+
+from cobra_kernels.gates_ops import GateFunction, bernoulli_kl, sampled_kl
+from cobra_kernels.gates_options import GateOptions
+
+_KL_ALONE = (False, True, False)
 
 
 def gate_kl_ref(logits: Tensor, prior_logits: Tensor) -> Tensor:
-    """logits (...), prior_logits (...) -> KL (...), each >= 0 up to rounding"""
-    alpha = torch.sigmoid(logits)
-    return alpha * (logits - prior_logits) - softplus(logits) + softplus(prior_logits)
+    """logits (...), prior_logits (...) -> KL (...), each >= 0 up to rounding; in the dtype of the operands"""
+    return bernoulli_kl(logits, prior_logits)
 
 
-class _GateKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, prior_logits):
-        ctx.save_for_backward(logits, prior_logits)
-        return gate_kl_ref(logits, prior_logits)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dkl):
-        logits, prior_logits = ctx.saved_tensors
-        alpha = torch.sigmoid(logits)
-        return dkl * alpha * (1 - alpha) * (logits - prior_logits), None
+def gate_kl_sampled_ref(logits: Tensor, prior_logits: Tensor, noise: Tensor) -> Tensor:
+    """logits, prior_logits, noise (...) -> one-sample estimate (...); in the dtype of the operands"""
+    return sampled_kl(logits, prior_logits, noise)
 
 
 def gate_kl(logits: Tensor, prior_logits: Tensor) -> Tensor:
@@ -48,7 +41,7 @@ def gate_kl(logits: Tensor, prior_logits: Tensor) -> Tensor:
     out: (...)
     """
     _check_shapes(logits, prior_logits)
-    return _GateKL.apply(logits, prior_logits)
+    return GateFunction.apply(logits, prior_logits, None, None, None, GateOptions(wanted=_KL_ALONE), None)[0]
 
 
 def gate_kl_sampled(logits: Tensor, prior_logits: Tensor, noise: Tensor) -> Tensor:
@@ -61,8 +54,7 @@ def gate_kl_sampled(logits: Tensor, prior_logits: Tensor, noise: Tensor) -> Tens
     _check_shapes(logits, prior_logits)
     if noise.shape != logits.shape:
         raise ValueError(f"noise {tuple(noise.shape)} and logits {tuple(logits.shape)} differ in shape")
-    v = noise + (logits - prior_logits.detach())
-    return (v + 2 * softplus(-v)) - (noise + 2 * softplus(-noise))
+    return GateFunction.apply(logits, prior_logits, noise, None, None, GateOptions(sampled=True, wanted=_KL_ALONE), None)[0]
 
 
 def _check_shapes(logits: Tensor, prior_logits: Tensor) -> None:

@@ -1,11 +1,13 @@
-"""Philox4x32-10, the one random stream of COBRA.
+"""Philox4x32-10, the one random stream of COBRA, and the logistic noise of gates that is made of it.
 
 A counter-based generator (Salmon et al., SC 2011): the words are a pure function of (counter, key), so any element can be
 computed alone, in any order and on any device, and nothing has to be stored to draw it again.
 
     counter (..., 4), key (2,)  ->  words (..., 4)          all 32-bit words, held in int64
+    u = (n + 1/2) / 2^24, noise = log u - log(1 - u)        n: the top 24 bits of the gate's word, so 0 < u < 1
 
-`csrc/philox.h` is the same definition for C++ and CUDA; `tests/test_philox.py` holds both to the Random123 vectors.
+`csrc/philox.h` is the same definition for C++ and CUDA; `tests/test_philox.py` holds both to the Random123 vectors. The noise is
+made in fp64 and rounded once; for each of the 2^24 u it is the fp32 number nearest to the true value, here as in `csrc/gates.h`.
 """
 
 import torch
@@ -63,3 +65,22 @@ def gate_words(sites: int, ranks: int, seed: int, step: int, first_site: int = 0
     words = torch.empty(sites, ranks, dtype=torch.int64, device="cpu")
     library.cobra_gate_words(words.data_ptr(), sites, ranks, seed, step, first_site)
     return words
+
+
+def noise_of_words(words: Tensor) -> Tensor:
+    """words (...) int64 -> logistic noise (...) fp32"""
+    u = ((words >> 8).double() + 0.5) * 2.0**-24
+    return (u.log() - (1 - u).log()).float()
+
+
+def gate_noise(sites: int, ranks: int, *, seed: int, step: int, first_site: int = 0) -> Tensor:
+    """Logistic noise of all gates at one step.
+
+    out: (sites, ranks) fp32 on the CPU
+    """
+    library = extension.load()
+    if library is None:
+        return noise_of_words(gate_words_ref(sites, ranks, seed, step, first_site))
+    noise = torch.empty(sites, ranks, dtype=torch.float32, device="cpu")
+    library.cobra_gate_noise(noise.data_ptr(), sites, ranks, seed, step, first_site)
+    return noise

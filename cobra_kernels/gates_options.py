@@ -1,0 +1,62 @@
+"""What the gates of one call have in common, as the registered operators take it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """
+    seed, step: as signed integers of 64 bits; first_site: the site of the first row
+    low, high: the stretch of hard gates, low < 0 and high > 1; 0 and 1 for gates that are not hard
+    sampled: the KL is that of concrete densities at the draw, else of Bernoullis
+    wanted: which of z, kl and open
+    """
+
+    seed: int = 0
+    step: int = 0
+    first_site: int = 0
+    low: float = 0.0
+    high: float = 1.0
+    sampled: bool = False
+    wanted: tuple[bool, bool, bool] = (True, False, False)
+
+    @property
+    def hard(self) -> bool:
+        return self.low < 0
+
+    @property
+    def log_ratio(self) -> float:
+        """A hard gate is open where its score exceeds this; 0 for others."""
+        return math.log(-self.low / self.high) if self.hard else 0.0
+
+    def layout(self, logits: Tensor, offsets: Tensor | None) -> tuple[int, int]:
+        """Sites, and gates of each where there are no offsets."""
+        if offsets is not None:
+            return len(offsets) - 1, 0
+        return logits.shape if logits.ndim == 2 else (1, logits.numel())
+
+
+def signed(word: int) -> int:
+    """An integer in [0, 2^64) as the signed one of the same bits."""
+    return word - 2**64 if word >= 2**63 else word
+
+
+def stretch_of(stretch: tuple[float, float] | None) -> tuple[float, float]:
+    """(low, high) of hard gates, or (0, 1). Raises ValueError for a stretch that never gives 0 and 1."""
+    if stretch is None:
+        return 0.0, 1.0
+    low, high = stretch
+    if not (low < 0 and high > 1 and math.isfinite(high - low)):
+        raise ValueError(f"stretch {stretch}: expected (low, high) with low < 0 and high > 1, as a rule (-0.1, 1.1)")
+    return float(low), float(high)
+
+
+def heat_of(temperature: float, device: torch.device) -> Tensor:
+    """() fp32 on the device. Raises ValueError unless greater than 0."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    return torch.tensor(temperature, dtype=torch.float32, device=device)
