@@ -2,8 +2,8 @@
 
 from cobra_kernels.conductance_reduce import conductance_reduce, conductance_reduce_ref
 from cobra_kernels.gate_kl import gate_kl, gate_kl_ref, gate_kl_sampled
-from cobra_kernels.gates_and_kl import gates_and_kl, gates_and_kl_ref
 from cobra_kernels.gated_lora_linear import ConcreteSample, gated_lora_linear, gated_lora_linear_ref
+from cobra_kernels.gates_and_kl import gates_and_kl, gates_and_kl_ref
 from cobra_kernels.ghost_grad_norm import ghost_grad_norm, ghost_grad_norm_ref
 from cobra_kernels.interpolate_path import interpolate_path, interpolate_path_ref
 from cobra_kernels.merge_lora import merge_lora, merge_lora_ref
@@ -22,10 +22,10 @@ __all__ = [
     "gate_kl_ref",
     "gate_kl_sampled",
     "gate_noise",
-    "gates_and_kl",
-    "gates_and_kl_ref",
     "gated_lora_linear",
     "gated_lora_linear_ref",
+    "gates_and_kl",
+    "gates_and_kl_ref",
     "ghost_grad_norm",
     "ghost_grad_norm_ref",
     "interpolate_path",

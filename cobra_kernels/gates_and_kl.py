@@ -1,24 +1,28 @@
 """Gates of a whole model in one call: their sample, their KL and the probability that they are open, forward and backward.
 
-    v   = log u - log(1 - u)                                       u of the gate's Philox word, `sample_gates`
-    s   = sigmoid((a + v) / T)          z = s                      the concrete sample
-                                        z = min(1, max(0, l + (h - l) s))      hard-concrete, stretched to (l, h), l < 0 < 1 < h
-    kl  = alpha (a - p) - softplus(a) + softplus(p)                alpha = sigmoid(a): of Bernoullis, or with `kl="concrete"`
-    kl  = f(v + a - p) - f(v)           f(x) = |x| + 2 log(1 + exp(-|x|)), of concrete densities at the draw
-    open = sigmoid(a - T log(-l / h))                              P(z > 0) of a hard gate; without a stretch sigmoid(a) = P(z > 1/2)
+    v    = log u - log(1 - u)           u of the gate's Philox word, `sample_gates`
+    s    = sigmoid((a + v) / T)         z = s, the concrete sample
+    z    = min(1, max(0, l + (h - l) s))                           hard-concrete, with a stretch (l, h), l < 0 < 1 < h
+    kl   = alpha (a - p) - softplus(a) + softplus(p)               of Bernoullis, alpha = sigmoid(a)
+    kl   = f(v + a - p) - f(v),  f(x) = |x| + 2 log(1 + exp(-|x|)) of concrete densities at the draw, with kl="concrete"
+    open = sigmoid(a - T log(-l / h))                              P(z > 0) of a hard gate
+    open = alpha                                                   P(z > 1/2) of one that is not
 
     dz/da = s (1 - s) / T, times h - l within the stretch and 0 where it was cut
     dkl/da = alpha (1 - alpha) (a - p)  or  tanh((v + a - p) / 2)            dopen/da = open (1 - open)
 
-    a logits, p prior logits   (sites, r) or (n,) with offsets (sites + 1,)
+    a logits, p prior logits   (sites, r), or (n,) with offsets (sites + 1,)
 
-Louizos et al. 2018 for hard-concrete; its KL is that of the variables before the cut, which is no smaller. Nothing but the operands is
-saved: backward draws the same words again. The prior and T get no gradient, double backward is not supported, nor is vmap.
+Louizos et al. 2018 for hard-concrete; its KL is that of the variables before the cut, which is no smaller. Nothing but the
+operands is saved: backward draws the same words again. The prior and T get no gradient; double backward and vmap are not
+supported.
 
-All arithmetic is fp64, each result rounded once. The C++ (`csrc/gates.h`, shared with CUDA) and the Triton kernels do the same IEEE
-operations in the same order, without contraction: their bits are equal by construction. The noise they give is the fp32 number
-nearest to log(u / (1 - u)) for each of the 2^24 u, which is what torch's log gives too; torch's z, kl and open, used where nothing
-is compiled, can differ from theirs in the last bit of the result, for about one gate in 10^8 (and on MPS, which has no fp64, more).
+All arithmetic is fp64, each result rounded once. C++ and CUDA (`csrc/gates.h`) and the Triton kernels do the same IEEE
+operations in the same order, without contraction: the same bits by construction. Their noise is the fp32 number nearest to
+log(u / (1 - u)) for each of the 2^24 u, and torch's is too. What torch computes, where nothing is compiled, can differ: z and
+open in their last bit, where fp64 ends beside a rounding boundary of fp32; kl, a difference, by 1e-15 before it is rounded. MPS
+has no fp64, and computes in fp32.
+
 The Triton path has been interpreted and compiled for sm_80 and sm_90, and has never run on a GPU: it is off unless asked for.
 """
 

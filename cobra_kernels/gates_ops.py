@@ -11,6 +11,8 @@ The equations are in `gates_and_kl`. Nothing but the operands is kept for backwa
 Everything is computed in fp64 and rounded once.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -46,7 +48,7 @@ def drawn_noise(logits: Tensor, offsets: Tensor | None, options: GateOptions) ->
     """Noise of every gate, on the device of the logits."""
     sites, ranks = options.layout(logits, offsets)
     ends = None if offsets is None else offsets.tolist()
-    lengths = [ranks] * sites if ends is None else [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
+    lengths = [ranks] * sites if ends is None else [end - begin for begin, end in pairwise(ends)]
     draw = {"seed": options.seed, "step": options.step, "first_site": options.first_site}
     noise = gate_noise(sites, max(lengths, default=0), **draw)
     if ends is not None:

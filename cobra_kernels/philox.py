@@ -6,8 +6,8 @@ computed alone, in any order and on any device, and nothing has to be stored to 
     counter (..., 4), key (2,)  ->  words (..., 4)          all 32-bit words, held in int64
     u = (n + 1/2) / 2^24, noise = log u - log(1 - u)        n: the top 24 bits of the gate's word, so 0 < u < 1
 
-`csrc/philox.h` is the same definition for C++ and CUDA; `tests/test_philox.py` holds both to the Random123 vectors. The noise is
-made in fp64 and rounded once; for each of the 2^24 u it is the fp32 number nearest to the true value, here as in `csrc/gates.h`.
+`csrc/philox.h` is the same definition for C++ and CUDA; `tests/test_philox.py` holds both to the Random123 vectors. The noise
+is made in fp64 and rounded once: for each of the 2^24 u the fp32 number nearest to the true value, here as in `csrc/gates.h`.
 """
 
 import torch
