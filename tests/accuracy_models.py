@@ -4,6 +4,8 @@ import copy
 from dataclasses import replace
 from functools import cache
 
+import torch
+import transformers
 from torch import nn
 
 from bench.accuracy.encoder import Encoded, fit_head, load_model
@@ -57,6 +59,27 @@ def encoded(examples: int = TINY["examples"]) -> Encoded:
     return Encoded.of(sample(reviews(), examples, 0), tokenizer(), "classification", TINY["max_length"])
 
 
-def tiny(method: str = "lora", phase: str = "search", rank: float = 2, lr: float = 1e-3, seed: int = 0, **changes) -> Recipe:
-    """A run of seconds on rt."""
-    return Recipe(phase, "rt", method, rank, lr, seed, **{**TINY, **changes})
+@cache
+def small_llama() -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
+    """A random causal model of two layers, and MiniLM's tokenizer with an end of text. Shared: leave them as they are."""
+    words = copy.deepcopy(tokenizer())
+    words.eos_token = words.sep_token
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(
+        vocab_size=len(words), num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=words.pad_token_id, **sizes
+    )
+    return transformers.LlamaForCausalLM(config), words
+
+
+def tiny(
+    method: str = "lora",
+    phase: str = "search",
+    rank: float = 2,
+    lr: float = 1e-3,
+    seed: int = 0,
+    task: str = "rt",
+    **changes,
+) -> Recipe:
+    """A run of seconds."""
+    return Recipe(phase, task, method, rank, lr, seed, **{**TINY, **changes})

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from bench.accuracy.metrics import classification_metrics, pack_per_example, regression_metrics, unpack_per_example
+from bench.accuracy.metrics import (
+    classification_metrics,
+    language_metrics,
+    pack_per_example,
+    regression_metrics,
+    unpack_per_example,
+)
 
 
 def logits_of(probabilities):
@@ -46,6 +52,28 @@ def test_regression_by_hand():
     # deviations −4/3, −1/3, 5/3 and −1, 1, 0
     assert found["pearson"] == pytest.approx((4 / 3 - 1 / 3) / math.sqrt((16 + 1 + 25) / 9 * 2))
     assert found["spearman"] == pytest.approx(1 - 6 * (0 + 1 + 1) / (3 * 8), rel=1e-4)
+
+
+def test_language_by_hand():
+    """Two texts of 1 and 3 tokens: 2 nats, and 0.5 each."""
+    found = language_metrics(torch.tensor([2.0, 1.5]), torch.tensor([1, 3]))
+    assert found["nll"] == pytest.approx((2 + 0.5) / 2)
+    assert found["token_nll"] == pytest.approx(3.5 / 4)
+    assert found["perplexity"] == pytest.approx(math.exp(3.5 / 4))
+
+
+@pytest.mark.parametrize(
+    ("losses", "tokens", "message"),
+    [
+        (torch.ones(2, 1), torch.ones(2), r"shape \(2, 1\)"),
+        (torch.ones(2), torch.ones(3), r"need \(2,\)"),
+        (torch.tensor([1.0, math.nan]), torch.ones(2), "NaN"),
+        (torch.tensor([1.0, 0.0]), torch.tensor([3, 0]), "text 1 has no token that counts"),
+    ],
+)
+def test_language_refuses(losses, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        language_metrics(losses, tokens)
 
 
 def test_constant_predictions_have_no_correlation():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.accuracy.recipe import PHASES, Recipe
+from bench.accuracy.rows import read_rows
 
 SETTINGS = {"gate": "mean", "gamma": 1.0, "cut": 0.4}
 RECIPE = Recipe("search", "rt", "cobra", 2, 1e-3, 0, settings=tuple(SETTINGS.items()))
@@ -31,6 +32,8 @@ CHANGES = {
     "path_points": 4,
     "estimator": "direct",
     "settings": (("gate", "open"),),
+    "validation_examples": 50,
+    "test_examples": 60,
 }
 
 
@@ -41,6 +44,13 @@ def test_the_key_never_changes():
     command, root = [sys.executable, "-c", code], Path(__file__).parents[1]
     found = subprocess.run(command, env={"PYTHONHASHSEED": "7"}, cwd=root, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == RECIPE.key
+
+
+def test_committed_rows_are_found_again():
+    """Their configurations, written before some fields were there, still have their keys."""
+    rows = read_rows()
+    assert rows and all(Recipe.from_dict(row["config"]).key == row["key"] for row in rows)
+    assert all(Recipe.from_dict(row["config"]).to_dict() == row["config"] for row in rows)
 
 
 def test_the_order_of_settings_does_not_count():

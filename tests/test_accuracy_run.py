@@ -75,10 +75,25 @@ def test_divergence_is_told_from_other_errors(method):
 
 
 def test_other_models_and_methods_are_refused():
-    with pytest.raises(ValueError, match="model='bert': runs are of 'minilm' alone"):
-        run(recipe_of("lora", model="bert"))
+    for model in ("bert", "smollm2"):
+        with pytest.raises(ValueError, match=f"model='{model}': rt is a classification task, for minilm or mpnet"):
+            run(recipe_of("lora", model=model))
     with pytest.raises(ValueError, match=f"method='qlora' is not one of {', '.join(METHODS)}"):
         run(recipe_of("qlora"))
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "cobra"])
+def test_regressions_run(monkeypatch, method):
+    """Real labels from start to end: errors of every test text average to the row's, and rows pass for one cell."""
+    short = {name: tuple(replace(e, label=0.1 * len(e.text) % 1) for e in rows) for name, rows in reviews().splits.items()}
+    monkeypatch.setattr(runs, "_task", lambda name, data: replace(reviews(), kind="regression", classes=1, **short))
+    row = run(recipe_of(method, phase="final", task="tweets", test_examples=20))
+    assert row["validation"].keys() == {"mse", "mae", "pearson", "spearman"}
+    errors = unpack_per_example(row["test"]["per_example"])
+    assert len(errors) == 20 and errors.mean() == pytest.approx(row["test"]["mse"], rel=1e-5)
+    assert row["kind"] == "regression" and row["head_parameters"] == 384 + 1
+    with pytest.raises(ValueError, match=r"noise=0\.2: rt is a regression task; only classes can be moved"):
+        run(recipe_of(method, task="tweets", noise=0.2))
 
 
 @pytest.mark.parametrize(("classes", "share"), [(2, 0.25), (6, 0.3)])

@@ -187,7 +187,7 @@ def test_worked_answers_lose_their_calculator_marks(tmp_path):
         rows = [{"question": f"{name} {i}?", "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"} for i in range(count)]
         (tmp_path / f"GSM8K/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = load_task("gsm8k", tmp_path)
-    assert found.kind == "language" and found.test[1] == Example("test 1?\n1+1=2\n#### 2", 0)
+    assert found.kind == "language" and found.test[1] == Example("test 1?", 0, "1+1=2\n#### 2")
     assert len(found.train) == 17 and len(found.validation) == 3
 
 

@@ -1,4 +1,4 @@
-"""The model every method starts from: MiniLM with mean pooling and a linear head fitted on its frozen features."""
+"""The models every method starts from: MiniLM or MPNet with mean pooling and a linear head fitted on its frozen features."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from bench.accuracy.mpnet import load_mpnet
 from bench.accuracy.tasks import Example, Task
-from cobra.cli.encoder import MeanPoolClassifier, load_encoder
+from cobra.cli.encoder import load_encoder
 
 Batch = dict[str, Tensor]
+LOADERS = {"minilm": load_encoder, "mpnet": load_mpnet}
 
 
 @dataclass(frozen=True)
@@ -23,18 +25,22 @@ class Encoded:
     """Tokenised examples.
 
     columns: what the model takes, by name, one list of ints an example
+    labels: (n,), or of texts (n, longest)
+    device: of the batches
     """
 
     columns: dict[str, list[list[int]]]
     labels: Tensor
     pad: int
+    device: str = "cpu"
 
     @classmethod
     def of(cls, examples: Sequence[Example], tokenizer, kind: str, max_length: int) -> Encoded:
         pairs = examples[0].text2 is not None
+        segments = pairs and "token_type_ids" in tokenizer.model_input_names
         second = [e.text2 for e in examples] if pairs else None
         encoded = tokenizer([e.text for e in examples], second, truncation=True, max_length=max_length)
-        names = ("input_ids", "token_type_ids") if pairs else ("input_ids",)
+        names = ("input_ids", "token_type_ids") if segments else ("input_ids",)
         dtype = torch.float32 if kind == "regression" else torch.long
         labels = torch.tensor([e.label for e in examples], dtype=dtype)
         return cls({name: encoded[name] for name in names}, labels, tokenizer.pad_token_id)
@@ -51,7 +57,9 @@ class Encoded:
             for name, column in self.columns.items():
                 batch[name][at, : len(column[i])] = torch.tensor(column[i])
             batch["attention_mask"][at, : len(self.columns["input_ids"][i])] = 1
-        return {**batch, "labels": self.labels[list(rows)]}
+        labels = self.labels[list(rows)]
+        batch["labels"] = labels[:, :width] if labels.ndim == 2 else labels
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def ordered(self, size: int) -> Iterator[tuple[list[int], Batch]]:
         """Every example once, by length, with its indices."""
@@ -82,12 +90,13 @@ class Encoded:
             yield self.batch(rows)
 
 
-def load_model(task: Task, dropout: float = 0.0) -> tuple[MeanPoolClassifier, PreTrainedTokenizerBase]:
-    """The encoder with a zero head of the task's size, and its tokenizer."""
+def load_model(task: Task, dropout: float = 0.0, name: str = "minilm") -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The encoder with a zero head of the task's size, on the CPU, and its tokenizer."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model, tokenizer = load_encoder()
-    model.set_attn_implementation("eager")  # torch's fused attention is slower in its backward on a CPU at these lengths
+    model, tokenizer = LOADERS[name]()
+    if name == "minilm":
+        model.set_attn_implementation("eager")  # torch's fused attention is slower in its backward on a CPU at these lengths
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
@@ -101,28 +110,28 @@ def load_model(task: Task, dropout: float = 0.0) -> tuple[MeanPoolClassifier, Pr
 
 @torch.no_grad()
 def predict(model: nn.Module, data: Encoded) -> Tensor:
-    """(n, classes) fp32 logits, or (n,) predictions of a regression, in the order of the examples."""
+    """(n, classes) fp32 logits, or (n,) predictions of a regression, on the CPU in the order of the examples."""
     model.eval()
     out: Tensor | None = None
     for rows, batch in data.ordered(64):
         batch.pop("labels")
-        logits = model(**batch).logits.float()
+        logits = model(**batch).logits.float().cpu()
         out = logits.new_empty(len(data), logits.shape[1]) if out is None else out
         out[rows] = logits
     return out[:, 0] if data.labels.is_floating_point() else out
 
 
-def fit_head(model: MeanPoolClassifier, data: Encoded, weight_decay: float = 3e-3) -> None:
+def fit_head(model: nn.Module, data: Encoded, weight_decay: float = 3e-3) -> None:
     """A linear head on the frozen features of the training examples: every method starts from the same one.
 
     weight_decay: near the best on validation for every task; a head that fits the examples exactly leaves an adapter no loss
     """
     features = _features(model, data)
     regression = data.labels.is_floating_point()
-    head, labels = model.classifier, data.labels
+    head, labels = model.classifier, data.labels.to(features.device)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=60, line_search_fn="strong_wolfe")
 
-    @torch.autocast("cpu", enabled=False)
+    @torch.autocast(features.device.type, enabled=False)
     def closure() -> Tensor:
         optimizer.zero_grad()
         out = head(features)
@@ -136,9 +145,9 @@ def fit_head(model: MeanPoolClassifier, data: Encoded, weight_decay: float = 3e-
 
 
 @torch.no_grad()
-def _features(model: MeanPoolClassifier, data: Encoded) -> Tensor:
+def _features(model: nn.Module, data: Encoded) -> Tensor:
     model.eval()
-    features = torch.empty(len(data), model.config.hidden_size)
+    features = torch.empty(len(data), model.config.hidden_size, device=data.device)
     for rows, batch in data.ordered(64):
         batch.pop("labels")
         features[rows] = model.features(**batch).float()

@@ -88,7 +88,8 @@ def _peft(recipe: Recipe, model: nn.Module, batches: Callable[[], Sequence]) -> 
     rank, options = int(recipe.average_rank), recipe.options
     if rank != recipe.average_rank:
         raise ValueError(f"average_rank={recipe.average_rank}: {recipe.method} has one whole rank for every layer")
-    common = {"target_modules": list(shapes), "modules_to_save": [HEAD], "lora_alpha": SCALING * rank}
+    heads = [HEAD] if hasattr(model, HEAD) else None
+    common = {"target_modules": list(shapes), "modules_to_save": heads, "lora_alpha": SCALING * rank}
     if recipe.method == "adalora":
         return _adalora(recipe, model, shapes, common)
     extra = {"rslora": {"use_rslora": True}, "dora": {"use_dora": True}}.get(recipe.method, {})

@@ -68,6 +68,24 @@ def regression_metrics(predictions: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
+def language_metrics(losses: Tensor, tokens: Tensor) -> dict[str, float]:
+    """NLL a token averaged over texts, which paired tests compare; the same over all tokens, and the perplexity of that.
+
+    losses: (n,) NLL summed over the tokens of a text that count; tokens: (n,) their number
+    """
+    if losses.ndim != 1:
+        raise ValueError(f"losses have shape {tuple(losses.shape)}, not (texts,)")
+    _check(losses, tokens, "losses")
+    if tokens.min() < 1:
+        raise ValueError(f"text {int(tokens.argmin())} has no token that counts; leave it out, or allow longer texts")
+    over_tokens = losses.double().sum() / tokens.sum()
+    return {
+        "nll": (losses.double() / tokens).mean().item(),
+        "token_nll": over_tokens.item(),
+        "perplexity": over_tokens.exp().item(),
+    }
+
+
 def pack_per_example(values: np.ndarray | Tensor) -> str:
     """`bits:n:base64` of correctness, `float32:n:base64` of squared errors (or another loss ≥ 0).
 

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 
 PHASES = ("search", "factor", "final")
+LATER = ("validation_examples", "test_examples")  # fields that keys of older rows lack: at None they are left out
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Recipe:
     precision: of the forward (autocast); evaluation likewise, calibration always in fp32
     dropout: of the base model, in hidden states and attention
     noise: share of the training labels replaced by another class at random
+    validation_examples, test_examples: of the splits that are evaluated, the same ones for every seed; None: all
     settings: of the method, by name; for those of COBRA fields of CobraConfig, `minimum` (ranks of a layer), `r_max_multiple`
         (gates of a layer in average ranks), `cut` (share of the steps before it) and `scores` (False: no calibration)
     """
@@ -46,6 +48,8 @@ class Recipe:
     path_points: int = 10
     estimator: str = "paper"
     settings: tuple[tuple[str, object], ...] = ()
+    validation_examples: int | None = None
+    test_examples: int | None = None
 
     def __post_init__(self):
         if self.phase not in PHASES:
@@ -60,7 +64,13 @@ class Recipe:
 
     def to_dict(self) -> dict:
         """Plain values for JSON; settings by name."""
-        return {**dataclasses.asdict(self), "settings": dict(self.settings)}
+        fields = {**dataclasses.asdict(self), "settings": dict(self.settings)}
+        return {name: value for name, value in fields.items() if value is not None or name not in LATER}
+
+    @classmethod
+    def from_dict(cls, config: dict) -> Recipe:
+        """What `to_dict` gave, also in an older row."""
+        return cls(**{**config, "settings": tuple(config["settings"].items())})
 
     @property
     def key(self) -> str:

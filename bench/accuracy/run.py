@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -18,13 +17,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
 
 import cobra
-from bench.accuracy.encoder import Encoded, fit_head, load_model, predict
+from bench.accuracy import language
+from bench.accuracy.encoder import LOADERS, Batch, Encoded, fit_head, load_model, predict
+from bench.accuracy.machine import Seconds, check_device, forget_peak_memory, machine_name, peak_memory_mb
 from bench.accuracy.methods import Attached, attach, directions_needed, needs_scores
-from bench.accuracy.metrics import classification_metrics, pack_per_example, regression_metrics
+from bench.accuracy.metrics import classification_metrics, language_metrics, pack_per_example, regression_metrics
 from bench.accuracy.recipe import Recipe
-from bench.accuracy.tasks import Example, Task, load_task, sample
+from bench.accuracy.tasks import Example, Task, load_task, sample, subset
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+LANGUAGE_MODEL = "smollm2"
+MODELS = (*LOADERS, LANGUAGE_MODEL)
 PACKAGES = ("torch", "transformers", "peft", "cobra-peft")
 
 
@@ -32,56 +34,67 @@ class Diverged(ValueError):
     """A training whose loss is not finite; the message names the step."""
 
 
-@dataclass
-class Seconds:
-    spent: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def of(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.spent[stage] = round(time.perf_counter() - start, 2)
-
-
 @dataclass(frozen=True, eq=False)
 class Start:
-    """Where every method on one task and seed starts from: the training examples and the head fitted on frozen features."""
+    """Where every method on one task and seed starts from.
 
+    head: fitted on frozen features; None for a language model
+    """
+
+    name: str
     task: Task
     tokenizer: PreTrainedTokenizerBase
     train: Encoded
-    head: dict[str, Tensor]
+    head: dict[str, Tensor] | None
 
     def model(self, dropout: float) -> nn.Module:
-        model, _ = load_model(self.task, dropout)
-        model.classifier.load_state_dict(self.head)
-        return model
+        model, _ = _load(self.name, self.task, dropout)
+        if self.head is not None:
+            model.classifier.load_state_dict(self.head)
+        return model.to(self.train.device)
 
     def encode(self, examples: Sequence[Example], max_length: int) -> Encoded:
-        return Encoded.of(examples, self.tokenizer, self.task.kind, max_length)
+        return _encode(self.task, examples, self.tokenizer, max_length, self.train.device)
+
+    def batches(self, examples: int) -> list[Batch]:
+        """The first training examples, as a calibration takes them."""
+        size = 16 if self.head is not None else language.BATCH
+        rows = range(min(examples, len(self.train)))
+        return [self.train.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
-def run(recipe: Recipe, data: Path | None = None) -> dict:
-    """Trains and evaluates, on the CPU. Raises Diverged, and ValueError for another model than MiniLM."""
-    if recipe.model != "minilm":
-        raise ValueError(f"model={recipe.model!r}: runs are of 'minilm' alone")
-    start = _start(recipe.task, data, recipe.examples, recipe.seed, recipe.noise, recipe.max_length, recipe.precision)
-    task, train, seconds = start.task, start.train, Seconds()
+def run(recipe: Recipe, data: Path | None = None, device: str = "cpu") -> dict:
+    """Trains and evaluates.
+
+    data: folder of the published sets; device: "cpu" or "cuda", which is no part of the recipe: the row names the machine
+
+    Raises Diverged, ValueError for a device that is not there and for a model, dropout or noise that do not fit the task, and
+    FileNotFoundError where weights or texts are missing.
+    """
+    check_device(device)
+    start = _start(
+        *(recipe.task, data, recipe.examples, recipe.seed, recipe.noise, recipe.max_length, recipe.precision),
+        *(recipe.model, device),
+    )
+    task, train, seconds = start.task, start.train, Seconds(device)
     torch.manual_seed(recipe.seed)  # peft draws its matrices from it, whatever ran in this process before
     model = start.model(recipe.dropout)
-    head_parameters = sum(p.numel() for p in model.classifier.parameters())
+    head_parameters = sum(tensor.numel() for tensor in (start.head or {}).values())
     scores = None
     if needs_scores(recipe):
         granularity = recipe.options.get("granularity", "site")
         path = (recipe.calibration_examples, recipe.path_points, recipe.estimator, granularity, directions_needed(recipe))
         scores, seconds.spent["calibrate"] = _calibrated(start, *path)
-    _forget_peak_memory()
-    rows = range(min(recipe.calibration_examples, len(train)))
-    attached = attach(recipe, model, scores, lambda: [train.batch(rows[i : i + 16]) for i in range(0, len(rows), 16)])
+    forget_peak_memory(device)
+    attached = attach(recipe, model, scores, lambda: start.batches(recipe.calibration_examples))
+    if recipe.precision == "bf16" and recipe.method != "dora":  # which reads the weights themselves
+        _store_frozen(attached.model, torch.bfloat16)
     with seconds.of("train"):
         losses = _train(attached, train, recipe)
-    splits = {"validation": task.validation} | ({"test": task.test} if recipe.phase == "final" else {})
-    with seconds.of("evaluate"), _precision(recipe.precision):
+    splits = {"validation": subset(task.validation, recipe.validation_examples)}
+    if recipe.phase == "final":
+        splits["test"] = subset(task.test, recipe.test_examples)
+    with seconds.of("evaluate"), _precision(recipe.precision, device):
         found = {
             name: _evaluate(attached.model, start.encode(examples, recipe.max_length), task, name == "test")
             for name, examples in splits.items()
@@ -97,9 +110,9 @@ def run(recipe: Recipe, data: Path | None = None) -> dict:
         "seed": recipe.seed,
         "config": recipe.to_dict(),
         "versions": {name: version(name) for name in PACKAGES},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": machine_name(device),
         "seconds": seconds.spent,
-        "peak_memory_mb": _peak_memory_mb(),
+        "peak_memory_mb": peak_memory_mb(device),
         "trainable_parameters": attached.parameters(),
         "head_parameters": head_parameters,
         "ranks": attached.ranks(),
@@ -109,43 +122,67 @@ def run(recipe: Recipe, data: Path | None = None) -> dict:
     }
 
 
-def _forget_peak_memory() -> None:
-    """What ran in this process before does not count."""
-    if CLEAR.exists():
-        CLEAR.write_text("5")
-
-
-def _peak_memory_mb() -> int | None:
-    """Of the process since `_forget_peak_memory`; None where the system does not say."""
-    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
-    return next((int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM")), None)
-
-
-def _precision(precision: str):
+def _precision(precision: str, device: str):
     """For one forward, or for weights that stay: autocast keeps its copies of parameters until the block ends."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast("cpu", dtype=torch.bfloat16)
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
 
 
 @lru_cache(maxsize=8)
-def _start(name: str, data: Path | None, examples: int, seed: int, noise: float, max_length: int, precision: str) -> Start:
+def _start(
+    name: str,
+    data: Path | None,
+    examples: int,
+    seed: int,
+    noise: float,
+    max_length: int,
+    precision: str,
+    model_name: str = "minilm",
+    device: str = "cpu",
+) -> Start:
     task = _task(name, data)
-    model, tokenizer = load_model(task)
-    train = Encoded.of(_noisy(sample(task, examples, seed), task, noise, seed), tokenizer, task.kind, max_length)
+    model, tokenizer = _load(model_name, task)
+    drawn = _noisy(sample(task, examples, seed), task, noise, seed)
+    train = _encode(task, drawn, tokenizer, max_length, device)
+    if task.kind == "language":
+        return Start(model_name, task, tokenizer, train, None)
     torch.manual_seed(seed)
-    with _precision(precision):
+    model.to(device)
+    with _precision(precision, device):
         fit_head(model, train)
-    return Start(task, tokenizer, train, {k: v.detach().clone() for k, v in model.classifier.state_dict().items()})
+    head = {k: v.detach().clone() for k, v in model.classifier.state_dict().items()}
+    return Start(model_name, task, tokenizer, train, head)
 
 
 _task = lru_cache(maxsize=8)(load_task)
+
+
+def _load(name: str, task: Task, dropout: float = 0.0) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    if name not in MODELS or (name == LANGUAGE_MODEL) != (task.kind == "language"):
+        fitting = (LANGUAGE_MODEL,) if task.kind == "language" else tuple(LOADERS)
+        raise ValueError(f"model={name!r}: {task.name} is a {task.kind} task, for {' or '.join(fitting)}")
+    if name != LANGUAGE_MODEL:
+        return load_model(task, dropout, name)
+    if dropout:
+        raise ValueError(f"dropout={dropout}: {name} has none")
+    return language.load_language_model()
+
+
+def _encode(task: Task, examples: Sequence[Example], tokenizer, max_length: int, device: str) -> Encoded:
+    if task.kind == "language":
+        encoded = language.encode(examples, tokenizer, max_length)
+    else:
+        encoded = Encoded.of(examples, tokenizer, task.kind, max_length)
+    return replace(encoded, device=device)
 
 
 def _noisy(examples: Sequence[Example], task: Task, share: float, seed: int) -> Sequence[Example]:
     """A share of the labels moved to another class; the same ones for every method."""
     if not share:
         return examples
+    if task.kind != "classification":
+        raise ValueError(f"noise={share}: {task.name} is a {task.kind} task; only classes can be moved")
     drawn = random.Random(seed)
     chosen = set(drawn.sample(range(len(examples)), round(share * len(examples))))
     return tuple(
@@ -159,18 +196,29 @@ def _calibrated(
     start: Start, examples: int, points: int, estimator: str, granularity: str, directions: int
 ) -> tuple[cobra.LayerScores, float]:
     """Scores and the seconds they took; in fp32, whatever the training's precision."""
-    began, rows = time.perf_counter(), range(min(examples, len(start.train)))
+    began = time.perf_counter()
     scores = cobra.calibrate(
         start.model(0.0),
-        [start.train.batch(rows[i : i + 16]) for i in range(0, len(rows), 16)],
+        start.batches(examples),
         steps=points,
         estimator=estimator,
-        max_examples=len(rows),
+        max_examples=examples,
         progress=False,
         granularity=granularity,
         directions=directions,
     )
     return scores, round(time.perf_counter() - began, 2)
+
+
+def _store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Frozen weights of linear layers in autocast's dtype, which casts them at every forward otherwise: the same products.
+
+    Those tied to an embedding stay: it is not cast.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad and id(module.weight) not in embeddings:
+            module.weight.data = module.weight.data.to(dtype)
 
 
 def _train(attached: Attached, train: Encoded, recipe: Recipe) -> list[float]:
@@ -184,7 +232,7 @@ def _train(attached: Attached, train: Encoded, recipe: Recipe) -> list[float]:
     attached.model.train()
     losses = []
     for step, batch in enumerate(train.shuffled(recipe.batch_size, recipe.steps, recipe.seed), 1):
-        with _precision(recipe.precision):
+        with _precision(recipe.precision, train.device):
             loss = attached.model(**batch).loss
         if not loss.isfinite():  # before a cut, which finds no gates to rank
             raise Diverged(f"{recipe.method} on {recipe.task}, lr {recipe.lr:g}: the loss of step {step} is {loss.item()}")
@@ -198,6 +246,10 @@ def _train(attached: Attached, train: Encoded, recipe: Recipe) -> list[float]:
 
 
 def _evaluate(model: nn.Module, data: Encoded, task: Task, per_example: bool) -> dict:
+    if task.kind == "language":
+        sums, tokens = language.losses(model, data)
+        found, each = language_metrics(sums, tokens), (sums / tokens).numpy()
+        return {**found, "per_example": pack_per_example(each)} if per_example else found
     predictions = predict(model, data)
     if task.kind == "regression":
         found = regression_metrics(predictions, data.labels)

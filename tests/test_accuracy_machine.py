@@ -1,0 +1,58 @@
+"""Where a run is and what it costs: devices that are not there are refused, stages are timed, memory is of the run."""
+
+import time
+
+import pytest
+import torch
+
+from bench.accuracy.machine import Seconds, check_device, forget_peak_memory, machine_name, peak_memory_mb
+
+
+def test_devices():
+    check_device("cpu")
+    with pytest.raises(ValueError, match="device='meta': runs are on cpu or cuda"):
+        check_device("meta")
+    assert machine_name("cpu").endswith(f", {torch.get_num_threads()} threads")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_a_missing_gpu_is_named():
+    with pytest.raises(ValueError, match=r"device='cuda': torch .* finds no CUDA device here; use cpu"):
+        check_device("cuda")
+
+
+def test_stages_are_timed():
+    seconds = Seconds()
+    with seconds.of("train"):
+        time.sleep(0.03)
+    assert 0.03 <= seconds.spent["train"] < 3
+
+
+def test_memory_of_before_is_forgotten():
+    if peak_memory_mb("cpu") is None:
+        pytest.skip("the system does not say")
+    held = torch.ones(50 << 18)  # 50 MB
+    del held
+    forget_peak_memory("cpu")
+    before = peak_memory_mb("cpu")
+    held = torch.ones(100 << 18)
+    assert 90 <= peak_memory_mb("cpu") - before <= 130
+    del held
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_runs_on_a_gpu():
+    """Of a method from peft and of COBRA, with calibration; the row names the device."""
+    from accuracy_models import reviews, tiny
+
+    from bench.accuracy import run as runs
+    from bench.accuracy.grid import SETTINGS
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "_task", lambda name, data: reviews())
+        for method in ("lora", "adalora", "cobra"):
+            recipe = tiny(method, phase="final", settings=tuple(SETTINGS.get(method, {}).items()))
+            row = runs.run(recipe, device="cuda")
+            assert row["machine"] == torch.cuda.get_device_name() and row["peak_memory_mb"] > 50
+            assert row["test"]["accuracy"] > 0.3
