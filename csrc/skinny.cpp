@@ -32,6 +32,7 @@ struct Reduce {
 
 constexpr int64_t FEATURE_BLOCK = 64, TOKEN_BLOCK = 128;  // of a sum
 constexpr int64_t TASK_TOKENS = 48, TASK_COLUMNS = 64;
+constexpr int64_t LINE = 16, TOUCHED = 64 * FEATURE_BLOCK;  // floats of a cache line, and of a row that is read ahead
 
 #define COBRA_ISA portable
 #define COBRA_TARGET

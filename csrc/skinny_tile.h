@@ -12,6 +12,16 @@ namespace COBRA_ISA {
 constexpr int LANES = COBRA_LANES;
 #include "lanes.h"
 
+// Reads rows in the order of memory, which processors foresee; blocks of many rows follow another. Loads, since prefetches are
+// dropped where many are under way.
+COBRA_INLINE void touch(const float* x, int64_t x_stride, int64_t rows, int64_t columns) {
+  float sum = 0;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t d = 0; d < columns; d += LINE) sum += x[i * x_stride + d];
+  volatile float kept = sum;
+  (void)kept;
+}
+
 // the first `lanes` numbers
 COBRA_INLINE void add_to(float* to, Floats sum, int64_t lanes) {
   if (lanes >= LANES) return store(to, load<Floats>(to) + sum);
@@ -55,6 +65,9 @@ COBRA_INLINE void shrink_ranks(const Shrink& work, int64_t first, int64_t last, 
   for (int64_t d = 0; d < work.features; d += FEATURE_BLOCK) {
     const int64_t features = std::min(FEATURE_BLOCK, work.features - d);
     const float* matrix = packed + d * VECTORS * LANES;
+    if (d % TOUCHED == 0) {
+      touch(work.x + first * work.x_stride + d, work.x_stride, last - first, std::min(TOUCHED, work.features - d));
+    }
     for (int64_t t = first; t < last;) {
       const bool whole = t + TOKENS <= last;
       const auto block = whole ? shrink_block<TOKENS, VECTORS> : shrink_block<1, VECTORS>;
