@@ -2,8 +2,7 @@
 //
 // A block has one tile of one site, which it finds by the first tile of each. A sum over ranks has the order of csrc/merge.cpp with
 // its multiply-adds, so that W' has the same bits. Statistics are summed by tile, and these in the order of the tiles.
-#include <cstring>
-
+#include "cuda_formats.h"
 #include "cuda_launch.h"
 #include "export.h"
 #include "merge_site.h"
@@ -17,35 +16,6 @@ constexpr int TILE_ROWS = THREADS / ACROSS * ROWS;           // 64
 constexpr int TILE_COLUMNS = ACROSS * 4 * FOURS;             // 128
 constexpr int RANKS = 16;                                    // in shared memory at a time
 constexpr int LEFT_STRIDE = TILE_ROWS + 4;                   // keeps rows aligned to four, and spreads them over the banks
-
-#define COBRA_INLINE __device__ inline
-#define COBRA_CONVERT(To, from) static_cast<To>(from)
-typedef float Floats;
-typedef uint32_t Words;
-typedef int32_t Integers;
-#include "merge_math.h"
-
-struct Float32 {
-  using Number = float;
-  COBRA_INLINE static Floats get(Number number) { return number; }
-  COBRA_INLINE static Number put(Floats value) { return value; }
-  COBRA_INLINE static Floats lost(Floats before, Floats delta, Floats after) { return lost_by_float32(before, delta, after); }
-};
-
-struct Half {
-  using Number = uint16_t;
-  COBRA_INLINE static Floats lost(Floats before, Floats delta, Floats after) { return lost_by_half(before, delta, after); }
-};
-
-struct BFloat16 : Half {
-  COBRA_INLINE static Floats get(Number number) { return expand_bfloat16(number); }
-  COBRA_INLINE static Number put(Floats value) { return Number(round_bfloat16(value)); }
-};
-
-struct Float16 : Half {
-  COBRA_INLINE static Floats get(Number number) { return expand_float16(number); }
-  COBRA_INLINE static Number put(Floats value) { return Number(round_float16(value)); }
-};
 
 template <class Number>
 struct alignas(4 * sizeof(Number)) Four {

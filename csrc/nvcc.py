@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LIBRARY, REPORT = "_cuda.so", "_cuda.json"
-# machine code for A100 and H100, and what a driver can translate for the devices after them
-ARCHITECTURES = ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90")
+# machine code for A100 and H100; the PTX of the first is what a driver translates for other devices, since none needs more
+ARCHITECTURES = ("arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a")
 FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 TIMEOUT = 300  # seconds for one compiler
 
@@ -107,7 +107,7 @@ def _compile(folder: Path, sources: Path) -> dict:
         if spilling(kernels):
             raise BuildError(f"these kernels spill registers to memory: {', '.join(spilling(kernels))}")
         library = Path(objects, LIBRARY)
-        _run([nvcc, "-shared", "-cudart", "static", *targets, *files.values(), "-o", library])
+        _run([nvcc, "-shared", "-cudart", "static", *files.values(), "-o", library])
         temporary = folder / f"{LIBRARY}.{os.getpid()}"
         shutil.copyfile(library, temporary)
         temporary.replace(folder / LIBRARY)

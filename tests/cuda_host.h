@@ -155,7 +155,80 @@ Value __shfl_down_sync(unsigned, Value value, int step) {
   return from < cuda_host::WARP ? cuda_host::shown<Value>(slots, from) : value;
 }
 
+namespace cuda_host {
+
+inline void finish_copies(size_t left) {
+  std::vector<std::vector<Copy>>& groups = block->threads[size_t(block->current)].groups;
+  while (groups.size() > left) {
+    for (const Copy& copy : groups.front()) {
+      std::memset(copy.to, 0, 16);
+      std::memcpy(copy.to, copy.from, size_t(copy.bytes));
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+// half of matrix i, at (row, column), of the addresses that the lanes gave
+inline uint16_t element(const unsigned char* slots, int matrix, int row, int column) {
+  return shown<const uint16_t*>(slots, matrix * 8 + row)[column];
+}
+
+inline uint32_t pair(uint16_t low, uint16_t high) { return low | uint32_t(high) << 16; }
+
+struct Operands {
+  uint32_t a[4], b[2];
+};
+
+inline uint16_t half_of(uint32_t word, int index) { return uint16_t(word >> 16 * index); }
+
+}  // namespace cuda_host
+
 namespace cobra {
+
+struct BFloat16;
+struct Float16;
+
+inline void copy_async(void* to, const void* from, int bytes) {
+  if (uintptr_t(to) % 16 || uintptr_t(from) % 16) std::abort();
+  cuda_host::block->threads[size_t(cuda_host::block->current)].open.push_back({to, from, bytes});
+}
+
+inline void copy_commit() {
+  cuda_host::Thread& thread = cuda_host::block->threads[size_t(cuda_host::block->current)];
+  thread.groups.push_back(std::move(thread.open));
+  thread.open.clear();
+}
+
+template <int GROUPS>
+void copy_wait() {
+  cuda_host::finish_copies(GROUPS);
+}
+
+inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  const unsigned char* slots = cuda_host::exchange(row);
+  const int lane = cuda_host::lane(), r = lane / 4, c = lane % 4 * 2;
+  for (int i = 0; i < 4; ++i) to[i] = cuda_host::pair(cuda_host::element(slots, i, r, c), cuda_host::element(slots, i, r, c + 1));
+}
+
+inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
+  const unsigned char* slots = cuda_host::exchange(row);
+  const int lane = cuda_host::lane(), r = lane % 4 * 2, c = lane / 4;
+  for (int i = 0; i < 4; ++i) to[i] = cuda_host::pair(cuda_host::element(slots, i, r, c), cuda_host::element(slots, i, r + 1, c));
+}
+
+template <class Format>
+void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  using namespace cuda_host;
+  const unsigned char* slots = exchange(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  for (int i = 0; i < 4; ++i) {
+    const int m = lane() / 4 + i / 2 * 8, n = lane() % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t left = shown<Operands>(slots, m % 8 * 4 + k % 8 / 2).a[m / 8 + k / 8 * 2];
+      const uint32_t right = shown<Operands>(slots, n * 4 + k % 8 / 2).b[k / 8];
+      sum[i] += Format::get(half_of(left, k % 2)) * Format::get(half_of(right, k % 2));
+    }
+  }
+}
 
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, void*, Arguments... arguments) {
