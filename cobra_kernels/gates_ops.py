@@ -11,8 +11,6 @@ The equations are in `gates_and_kl`. Nothing but the operands is kept for backwa
 Everything is computed in fp64 and rounded once.
 """
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -47,13 +45,12 @@ def open_probability(logits: Tensor, temperature: Tensor | float | None, options
 def drawn_noise(logits: Tensor, offsets: Tensor | None, options: GateOptions) -> Tensor:
     """Noise of every gate, on the device of the logits."""
     sites, ranks = options.layout(logits, offsets)
-    ends = None if offsets is None else offsets.tolist()
-    lengths = [ranks] * sites if ends is None else [end - begin for begin, end in pairwise(ends)]
-    draw = {"seed": options.seed, "step": options.step, "first_site": options.first_site}
-    noise = gate_noise(sites, max(lengths, default=0), **draw)
-    if ends is not None:
-        noise = torch.cat([row[:length] for row, length in zip(noise, lengths, strict=True)]) if sites else noise.flatten()
-    return noise.to(logits.device)
+    lengths = None if offsets is None else offsets.diff().tolist()
+    longest = ranks if lengths is None else max(lengths, default=0)
+    noise = gate_noise(sites, longest, seed=options.seed, step=options.step, first_site=options.first_site)
+    if lengths:
+        noise = torch.cat([row[:length] for row, length in zip(noise, lengths, strict=True)])
+    return noise.reshape(logits.shape).to(logits.device)
 
 
 def _forward(logits, prior, noise, offsets, temperature, *options):
