@@ -1,6 +1,7 @@
 """Rows as the trainer writes them, with results that are drawn instead of trained."""
 
 import json
+import math
 import zlib
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from bench.accuracy.metrics import pack_per_example
 from bench.accuracy.recipe import Recipe
 
-KINDS = {"hyper": "classification", "topics": "classification", "foods": "regression"}
+KINDS = {"hyper": "classification", "topics": "classification", "foods": "regression", "gcide": "language"}
 
 
 def row(
@@ -25,7 +26,7 @@ def row(
     diverged=False,
     **recipe,
 ) -> dict:
-    """level: expected accuracy, or scale of the squared errors. The examples' difficulty is the task's, whatever the method."""
+    """level: expected accuracy, or scale of the losses. The examples' difficulty is the task's, whatever the method."""
     made = Recipe(phase, task, method, rank, lr, seed, **recipe)
     if diverged:
         return {"key": made.key, "phase": phase, "config": made.to_dict(), "diverged": "the loss of step 7 is nan"}
@@ -62,4 +63,6 @@ def _metrics(kind: str, each: np.ndarray) -> dict:
     mean = float(each.mean())
     if kind == "regression":
         return {"mse": mean, "mae": mean**0.5, "pearson": 0.5, "spearman": 0.4}
+    if kind == "language":
+        return {"nll": mean, "token_nll": mean, "perplexity": math.exp(mean)}
     return {"accuracy": mean, "macro_f1": mean, "mcc": mean - 0.2, "nll": 1.2 - mean, "ece": 0.05, "brier": 0.3}

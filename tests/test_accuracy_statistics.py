@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from accuracy_rows import row
 
-from bench.accuracy.cells import Cell
+from bench.accuracy.cells import METRIC, Cell
 from bench.accuracy.intervals import holm
 from bench.accuracy.statistics import Choice, candidates, check_equal_budget, select_best, summarise, win_tie_loss
 
@@ -93,6 +93,25 @@ def test_kinds_have_means_of_their_own():
     regression = next(m for m in found if m.kind == "regression" and m.method == "cobra")
     assert regression.level is None
     assert regression.tasks == 1 and regression.gain.mean > 0
+
+
+@pytest.mark.parametrize("task", ["foods", "gcide"])
+def test_losses_gain_by_falling(task):
+    """By their share of LoRA's over all seeds: what falls is better, and what rises a loss."""
+    rows = study({"lora": 0.7, "cobra": 0.595, "random": 0.84}, (task,), (2,))
+    better, worse = summarise(rows, FEW).comparisons[::-1]
+    assert (better.method, worse.method) == ("cobra", "random")
+    loss = {m: sum(r["test"][METRIC[r["kind"]]] for r in rows if r["method"] == m) for m in ("lora", "cobra", "random")}
+    assert better.gain.mean == pytest.approx(1 - loss["cobra"] / loss["lora"]) and better.verdict == "win"
+    assert worse.gain.mean == pytest.approx(1 - loss["random"] / loss["lora"]) and worse.verdict == "loss"
+    assert 0 < better.gain.low < better.gain.mean < better.gain.high and worse.gain.high < 0
+
+
+@pytest.mark.parametrize("task", ["foods", "gcide"])
+def test_the_search_takes_the_smaller_loss(task):
+    rows = [row("lora", task, phase="search", seed=100, lr=lr, level=level) for lr, level in ((1e-3, 0.7), (2e-3, 0.5))]
+    (chosen,) = select_best(rows, "over tasks").values()
+    assert chosen["lr"] == 2e-3
 
 
 def test_without_lora_there_are_levels_only():

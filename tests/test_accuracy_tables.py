@@ -100,6 +100,17 @@ def test_secondary(rows, summary):
     assert cells(tables.secondary(rows, summary), "lora")[3].endswith(" / 0.500 / 0.400")
 
 
+def test_language_tables():
+    made = [row(m, "gcide", seed=s, level=v) for m, v in (("lora", 0.7), ("cobra", 0.6)) for s in range(3)]
+    summary = summarise(made, FEW)
+    assert cells(tables.main(made, summary), "method") == ["method", "gcide (NLL, ↓)", "mean accuracy"]
+    assert cells(tables.secondary(made, summary), "method")[1] == "gcide (perplexity)"
+    shown = float(cells(tables.secondary(made, summary), "cobra")[1])
+    assert shown == pytest.approx(sum(r["test"]["perplexity"] for r in made[3:]) / 3, abs=1e-3)
+    (line,) = (line for line in tables.means(made, summary).splitlines() if "| cobra |" in line)
+    assert "1 × language" in line and "| +1" in line and " % |" in line
+
+
 def test_budget(rows, summary):
     line = next(line for line in tables.budget(rows, summary).splitlines() if "| dora |" in line)
     assert line == "| minilm | 2 | dora | 1,250 | +25.00 | 100 |"

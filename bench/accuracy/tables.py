@@ -34,7 +34,7 @@ GAIN = {"classification": "points", "regression": "% less MSE", "language": "% l
 SECONDARY = {
     "classification": {"macro_f1": "F1", "mcc": "MCC"},
     "regression": {"mae": "MAE", "pearson": "Pearson", "spearman": "Spearman"},
-    "language": {},
+    "language": {"perplexity": "perplexity"},
 }
 CALIBRATION = {"nll": "NLL", "ece": "ECE", "brier": "Brier"}
 
