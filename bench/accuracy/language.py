@@ -65,7 +65,9 @@ def losses(model: nn.Module, data: Encoded) -> tuple[Tensor, Tensor]:
     sums, tokens = torch.zeros(len(data), dtype=torch.float64), torch.zeros(len(data), dtype=torch.long)
     for rows, batch in data.ordered(BATCH):
         labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch).logits[:, :-1]
-        each = F.cross_entropy(logits.mT.float(), labels, ignore_index=IGNORED, reduction="none")
-        sums[rows], tokens[rows] = each.double().sum(1).cpu(), (labels != IGNORED).sum(1).cpu()
+        counted = labels != IGNORED
+        logits = model(**batch).logits[:, :-1][counted].float()
+        each = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
+        each[counted] = F.cross_entropy(logits, labels[counted], reduction="none").double()
+        sums[rows], tokens[rows] = each.sum(1).cpu(), counted.sum(1).cpu()
     return sums, tokens
