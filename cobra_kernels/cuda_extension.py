@@ -13,11 +13,14 @@ from torch import Tensor
 
 _FOLDER = Path(__file__).parent
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
+_GATES = [_INT] * 3 + [ctypes.c_uint64] * 2 + [_INT] + [ctypes.c_double] * 3 + [ctypes.c_int, _POINTER]
 SIGNATURES = {  # name -> result, arguments; launchers return a cudaError_t
     "cobra_cuda_merge_tiles": (_INT, [_INT] * 2),
     "cobra_cuda_merge": (ctypes.c_int, [_POINTER] * 2 + [_INT] * 2 + [_POINTER] * 3),
     "cobra_cuda_shrink": (ctypes.c_int, [_INT] + [_POINTER, _INT] * 2 + [_INT] * 5 + [_POINTER] * 2),
     "cobra_cuda_reduce": (ctypes.c_int, [_INT] + [_POINTER, _INT] * 3 + [_INT] * 5 + [_POINTER] * 3),
+    "cobra_cuda_gates_forward": (ctypes.c_int, [_POINTER] * 8 + _GATES),
+    "cobra_cuda_gates_backward": (ctypes.c_int, [_POINTER] * 5 + [_POINTER, _INT] * 3 + [_POINTER] + _GATES),
     "cobra_cuda_sum_planes": (ctypes.c_int, [_INT, _POINTER] + [_INT] * 2 + [_POINTER] * 2),
 }
 

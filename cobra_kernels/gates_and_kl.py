@@ -23,7 +23,8 @@ log(u / (1 - u)) for each of the 2^24 u, and torch's is too. What torch computes
 open in their last bit, where fp64 ends beside a rounding boundary of fp32; kl, a difference, by 1e-15 before it is rounded. MPS
 has no fp64, and computes in fp32.
 
-The Triton path has been interpreted and compiled for sm_80 and sm_90, and has never run on a GPU: it is off unless asked for.
+The Triton and CUDA paths have been compiled for sm_80 and sm_90, and run on the CPU, interpreted and thread by thread. Neither
+has run on a GPU: they are off unless asked for.
 """
 
 from typing import Literal, NamedTuple
@@ -31,6 +32,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from cobra_kernels import cuda_extension
 from cobra_kernels.backend import require_triton
 from cobra_kernels.gates_ops import GateFunction, bernoulli_kl, concrete, drawn_noise, open_probability, sampled_kl
 from cobra_kernels.gates_options import GateOptions, heat_of, signed, stretch_of
@@ -77,7 +79,7 @@ def gates_and_kl(
     offsets: Tensor | None = None,
     kl: KL = "bernoulli",
     stretch: tuple[float, float] | None = None,
-    backend: Literal["triton"] | None = None,
+    backend: Literal["triton", "cuda"] | None = None,
 ) -> Gates:
     """Sample, KL and open probability of every gate of a model; the same arguments always give the same bits.
 
@@ -89,7 +91,8 @@ def gates_and_kl(
     offsets: (sites + 1,) int64 from 0 to n on the device of the logits; site i has gates offsets[i] to offsets[i + 1] - 1
     kl: "bernoulli" is the closed form, "concrete" the one-sample estimate at this draw, which may be negative
     stretch: (low, high) of hard-concrete gates, as a rule (-0.1, 1.1)
-    backend: "triton" needs a CUDA device and fp32; nothing else is tried where it cannot run
+    backend: "triton" (fp32) and "cuda" (the library of `cuda_extension`) need a CUDA device; nothing else is tried where they
+        cannot run
 
     out: z, kl, open, each of the shape and dtype of the logits; sums of open over a site are its expected rank
 
@@ -117,8 +120,10 @@ def _check(logits, prior_logits, offsets, kl, backend) -> None:
         raise ValueError(f"logits {tuple(logits.shape)} and prior_logits {tuple(prior_logits.shape)} differ in shape")
     if kl not in ("bernoulli", "concrete"):
         raise ValueError(f"no KL {kl!r}; there are 'bernoulli' and 'concrete'")
-    if backend not in (None, "triton"):
-        raise ValueError(f"no backend {backend!r}; there is 'triton', and None for the one that runs everywhere")
+    if backend not in (None, "triton", "cuda"):
+        raise ValueError(f"no backend {backend!r}; there are 'triton', 'cuda', and None for the one that runs everywhere")
+    if backend == "cuda":
+        cuda_extension.require(logits)
     if backend == "triton":
         require_triton(logits)
         if logits.dtype != torch.float32:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cobra_kernels.gates_options import GateOptions
 
-FP64, HARD, SAMPLED = 1, 2, 4  # flags of csrc/gates.cpp
+FP64, HARD, SAMPLED = 1, 2, 4  # flags of csrc/gates.h
 DTYPES = (torch.float32, torch.float64)
 _WORD = 2**64 - 1
 
@@ -48,6 +48,10 @@ def backward(
     return out
 
 
+def flags_of(logits: Tensor, options: GateOptions) -> int:
+    return FP64 * (logits.dtype == torch.float64) + HARD * options.hard + SAMPLED * options.sampled
+
+
 def _held(logits, prior, noise, offsets) -> list[Tensor | None]:
     """Contiguous operands of one dtype, to be kept until the call is over."""
     floats = [None if t is None else t.to(logits.dtype).contiguous() for t in (logits, prior, noise)]
@@ -60,7 +64,6 @@ def _pointers(tensors: list[Tensor | None]) -> list[int | None]:
 
 def _numbers(logits, offsets, temperature, options: GateOptions) -> tuple:
     sites, ranks = options.layout(logits, offsets)
-    kind = FP64 * (logits.dtype == torch.float64) + HARD * options.hard + SAMPLED * options.sampled
     heat = 1.0 if temperature is None else temperature.item()
     draw = (sites, ranks, options.seed & _WORD, options.step & _WORD, options.first_site)
-    return *draw, heat, options.low, options.high - options.low, options.log_ratio, kind
+    return *draw, heat, options.low, options.high - options.low, options.log_ratio, flags_of(logits, options)

@@ -6,7 +6,8 @@
 The equations are in `gates_and_kl`. Nothing but the operands is kept for backward: noise that was drawn is drawn again.
 
     torch.ops.cobra.gates_*          C++ on the CPU where it was built (`gates_cpu`), else torch
-    torch.ops.cobra.gates_*_triton   CUDA (`gates_triton`), for fp32
+    torch.ops.cobra.gates_*_triton   Triton kernels (`gates_triton`), for fp32
+    torch.ops.cobra.gates_*_cuda     CUDA kernels (`gates_cuda`), for fp32 and fp64
 
 Everything is computed in fp64 and rounded once.
 """
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from cobra_kernels import extension, gates_cpu
+from cobra_kernels import extension, gates_cpu, gates_cuda
 from cobra_kernels.gates_options import GateOptions
 from cobra_kernels.philox import gate_noise
 
@@ -86,7 +87,7 @@ def _backward(dz, dkl, dopen, logits, prior, noise, offsets, temperature, *optio
 def _widened(logits, prior, noise, offsets, temperature, options):
     """a, p, v and T in the dtype of the arithmetic; the noise is drawn where it is needed and not given."""
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no fp64
-    if noise is None and (options.wanted[0] or (options.wanted[1] and options.sampled)):
+    if noise is None and options.noisy:
         noise = drawn_noise(logits, offsets, options)
     return tuple(None if t is None else t.to(dtype) for t in (logits, prior, noise, temperature))
 
@@ -117,6 +118,14 @@ def _backward_triton(dz, dkl, dopen, logits, prior, noise, offsets, temperature,
     return gates_triton.backward([dz, dkl, dopen], logits, prior, noise, offsets, temperature, GateOptions(*options))
 
 
+def _forward_cuda(logits, prior, noise, offsets, temperature, *options):
+    return gates_cuda.forward(logits, prior, noise, offsets, temperature, GateOptions(*options))
+
+
+def _backward_cuda(dz, dkl, dopen, logits, prior, noise, offsets, temperature, *options):
+    return gates_cuda.backward([dz, dkl, dopen], logits, prior, noise, offsets, temperature, GateOptions(*options))
+
+
 def _forward_fake(logits, prior, noise, offsets, temperature, *options):
     return tuple(logits.new_empty(logits.shape if wanted else 0) for wanted in GateOptions(*options).wanted)
 
@@ -129,7 +138,7 @@ _OPERANDS = (
     "Tensor logits, Tensor? prior, Tensor? noise, Tensor? offsets, Tensor? temperature, SymInt seed, SymInt step,"
     " SymInt first_site, float low, float high, bool sampled, bool[] wanted"
 )
-for _suffix in ("", "_triton"):
+for _suffix in ("", "_triton", "_cuda"):
     torch.library.define(f"cobra::gates_forward{_suffix}", f"({_OPERANDS}) -> (Tensor z, Tensor kl, Tensor open)")
     torch.library.define(f"cobra::gates_backward{_suffix}", f"(Tensor? dz, Tensor? dkl, Tensor? dopen, {_OPERANDS}) -> Tensor")
     torch.library.register_fake(f"cobra::gates_forward{_suffix}", _forward_fake)
@@ -141,8 +150,19 @@ for _name, _key, _implementation in (
     ("backward", "cpu", _backward_cpu),
     ("forward_triton", "default", _forward_triton),
     ("backward_triton", "default", _backward_triton),
+    ("forward_cuda", "default", _forward_cuda),
+    ("backward_cuda", "default", _backward_cuda),
 ):
     torch.library.impl(f"cobra::gates_{_name}", _key, _implementation)
+
+
+_FORWARD, _BACKWARD = (
+    {
+        backend: getattr(torch.ops.cobra, f"gates_{way}{suffix}").default
+        for backend, suffix in ((None, ""), ("triton", "_triton"), ("cuda", "_cuda"))
+    }
+    for way in ("forward", "backward")
+)
 
 
 class GateFunction(torch.autograd.Function):
@@ -150,25 +170,23 @@ class GateFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, prior, noise, offsets, temperature, options, backend):
-        operator = torch.ops.cobra.gates_forward_triton if backend == "triton" else torch.ops.cobra.gates_forward
         operands, plain = (logits, prior, noise, offsets, temperature), _plain(options)
         ctx.save_for_backward(*operands)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.backend = options, backend
-        outputs = operator.default(*operands, *plain)
+        outputs = _FORWARD[backend](*operands, *plain)
         return tuple(t for t, wanted in zip(outputs, options.wanted, strict=True) if wanted)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
-        operator = torch.ops.cobra.gates_backward_triton if ctx.backend == "triton" else torch.ops.cobra.gates_backward
         found = iter(gradients)
         each = [next(found) if wanted else None for wanted in ctx.options.wanted]
         needed = tuple(t is not None for t in each)
         if not any(needed):
             return (None,) * 7
         plain = (*_plain(ctx.options)[:-1], needed)
-        return operator.default(*each, *ctx.saved_tensors, *plain), *(None,) * 6
+        return _BACKWARD[ctx.backend](*each, *ctx.saved_tensors, *plain), *(None,) * 6
 
 
 def _plain(options: GateOptions) -> tuple:

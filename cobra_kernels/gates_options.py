@@ -33,11 +33,27 @@ class GateOptions:
         """A hard gate is open where its score exceeds this; 0 for others."""
         return math.log(-self.low / self.high) if self.hard else 0.0
 
+    @property
+    def noisy(self) -> bool:
+        """Whether what is wanted depends on noise."""
+        return self.wanted[0] or (self.wanted[1] and self.sampled)
+
     def layout(self, logits: Tensor, offsets: Tensor | None) -> tuple[int, int]:
         """Sites, and gates of each where there are no offsets."""
         if offsets is not None:
             return len(offsets) - 1, 0
         return logits.shape if logits.ndim == 2 else (1, logits.numel())
+
+    def grid(self, logits: Tensor, noise: Tensor | None, offsets: Tensor | None, block: int) -> tuple[int, int]:
+        """The same for launches: where nothing is drawn, sites are blocks of gates."""
+        if offsets is None and not (self.noisy and noise is None):
+            return -(-logits.numel() // block), block
+        return self.layout(logits, offsets)
+
+
+def flat(gradient: Tensor) -> tuple[Tensor, int]:
+    """A gradient and its stride as one row; that of a sum, one number for all gates, is read as it is."""
+    return (gradient.contiguous(), 1) if any(gradient.stride()) else (gradient, 0)
 
 
 def signed(word: int) -> int:

@@ -21,7 +21,7 @@ from cobra_kernels.gates_math_triton import (
     slope,
     surprise,
 )
-from cobra_kernels.gates_options import GateOptions
+from cobra_kernels.gates_options import GateOptions, flat
 
 
 @triton.jit
@@ -189,7 +189,7 @@ def backward(gradients, logits, prior, noise, offsets, temperature, options: Gat
     """Gradient of the logits; wanted are those of z, kl and open that have one."""
     operands = [None if t is None else t.contiguous() for t in (logits, prior, noise, offsets, temperature)]
     like = operands[0]
-    each, strides = zip(*map(_flat, gradients), strict=True)
+    each, strides = zip(*((None, 0) if t is None else flat(t) for t in gradients), strict=True)
     out = torch.empty_like(like)
     if like.numel():
         grid, numbers, constants = _launch(logits, noise, offsets, options)
@@ -199,25 +199,21 @@ def backward(gradients, logits, prior, noise, offsets, temperature, options: Gat
 
 
 def _launch(logits, noise, offsets, options: GateOptions) -> tuple[tuple[int], tuple[int, int], dict]:
-    """Grid, (n, ranks) and constants. Where nothing is drawn, sites are blocks of gates."""
-    n, draws = logits.numel(), noise is None and (options.wanted[0] or options.sampled)
-    sites, ranks = options.layout(logits, offsets)
-    if not draws and offsets is None:
-        ranks = CONFIGS[-1].BLOCK
-        sites = triton.cdiv(n, ranks)
+    """Grid, (n, ranks) and constants."""
+    sites, ranks = options.grid(logits, noise, offsets, CONFIGS[-1].BLOCK)
     constants = {
         "LOW": options.low,
         "WIDTH": options.high - options.low,
         "LOG_RATIO": options.log_ratio,
         "HARD": options.hard,
         "SAMPLED": options.sampled,
-        "DRAWS": draws,
+        "DRAWS": options.noisy and noise is None,
         "RAGGED": offsets is not None,
         **dict(zip(("WITH_Z", "WITH_KL", "WITH_OPEN"), options.wanted, strict=True)),
         **vars(pick_config(ranks)),
         "enable_fp_fusion": False,
     }
-    return (sites,), (n, ranks), constants
+    return (sites,), (logits.numel(), ranks), constants
 
 
 def _words(options: GateOptions) -> tuple[int, ...]:
@@ -229,10 +225,3 @@ def _words(options: GateOptions) -> tuple[int, ...]:
 def _or(like: Tensor, tensors) -> list[Tensor]:
     """`like` in the place of operands that the kernel does not read."""
     return [like if t is None else t for t in tensors]
-
-
-def _flat(gradient: Tensor | None) -> tuple[Tensor | None, int]:
-    """A gradient and its stride as one row; that of a sum, one number for all gates, is read as it is."""
-    if gradient is None or not any(gradient.stride()):
-        return gradient, 0
-    return gradient.contiguous(), 1

@@ -13,8 +13,6 @@ namespace {
 
 constexpr int64_t BLOCK = 64;  // gates at once, a multiple of the four words of a Philox block
 
-enum Flags : int32_t { FP64 = 1, HARD = 2, SAMPLED = 4 };
-
 struct Layout {
   const int64_t* offsets;  // (sites + 1,), or null
   int64_t sites, ranks, first_site;
@@ -108,7 +106,8 @@ struct Gates {
 
 template <class Number>
 Gates<Number> gates_of(const void* logits, const void* prior, const void* noise, const Layout& layout, const GateKind& kind) {
-  return {static_cast<const Number*>(logits), static_cast<const Number*>(prior), static_cast<const Number*>(noise), layout, kind};
+  const auto as = [](const void* pointer) { return static_cast<const Number*>(pointer); };
+  return {as(logits), as(prior), as(noise), layout, kind};
 }
 
 GateKind kind_of(double temperature, double low, double width, double log_ratio, int32_t flags) {

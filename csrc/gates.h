@@ -26,13 +26,21 @@
 
 namespace cobra {
 
+COBRA_HOST_DEVICE inline double add(double a, double b) {
 #if defined(__CUDA_ARCH__)
-__device__ inline double add(double a, double b) { return __dadd_rn(a, b); }
-__device__ inline double mul(double a, double b) { return __dmul_rn(a, b); }
+  return __dadd_rn(a, b);
 #else
-COBRA_HOST_DEVICE inline double add(double a, double b) { return a + b; }
-COBRA_HOST_DEVICE inline double mul(double a, double b) { return a * b; }
+  return a + b;
 #endif
+}
+
+COBRA_HOST_DEVICE inline double mul(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
 
 template <class To, class From>
 COBRA_HOST_DEVICE inline To bits_as(From from) {
@@ -71,15 +79,19 @@ COBRA_HOST_DEVICE inline double slope(double e) { return e / mul(add(1.0, e), ad
 COBRA_HOST_DEVICE inline double log1p_of(double e) { return twice_atanh(e / add(2.0, e)); }
 COBRA_HOST_DEVICE inline double softplus(double x, double e) { return add(x < 0.0 ? 0.0 : x, log1p_of(e)); }
 
-// log(u / (1 - u)) of u = (n + 1/2) / 2^24, n the top 24 bits of a random word; rounded to fp32 it is the nearest number for all n.
+// log(u / (1 - u)) of u = (n + 1/2) / 2^24, n the top 24 bits of a random word: the nearest fp32 number for each of all n.
 COBRA_HOST_DEVICE inline float logistic_noise(uint32_t word) {
   const double p = double(int32_t(2 * (word >> 8) + 1)), q = add(0x1p+25, -p);
   // p / q = 2^n times a ratio between sqrt(1/2) and sqrt(2)
   const uint64_t biased = (bits_as<uint64_t>(p / q) + 0x00095F619980C433) >> 52;
-  const double scaled = mul(q, bits_as<double>(biased << 52)), n = add(bits_as<double>(biased | 0x433ull << 52), -(0x1p+52 + 1023));
+  const double scaled = mul(q, bits_as<double>(biased << 52));
+  const double n = add(bits_as<double>(biased | uint64_t{0x433} << 52), -(0x1p+52 + 1023));
   const double rest = twice_atanh(add(p, -scaled) / add(p, scaled));
   return float(add(mul(n, 0x1.62e42feep-1), add(mul(n, 0x1.a39ef35793c76p-33), rest)));
 }
+
+// What the arithmetic of all gates of a call depends on, as flags.
+enum GateFlags : int32_t { FP64 = 1, HARD = 2, SAMPLED = 4 };
 
 // What all gates of a call share.
 struct GateKind {
