@@ -38,21 +38,3 @@ def test_memory_of_before_is_forgotten():
     held = torch.ones(100 << 18)
     assert 90 <= peak_memory_mb("cpu") - before <= 130
     del held
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_runs_on_a_gpu():
-    """Of a method from peft and of COBRA, with calibration; the row names the device."""
-    from accuracy_models import reviews, tiny
-
-    from bench.accuracy import run as runs
-    from bench.accuracy.grid import SETTINGS
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "_task", lambda name, data: reviews())
-        for method in ("lora", "adalora", "cobra"):
-            recipe = tiny(method, phase="final", settings=tuple(SETTINGS.get(method, {}).items()))
-            row = runs.run(recipe, device="cuda")
-            assert row["machine"] == torch.cuda.get_device_name() and row["peak_memory_mb"] > 50
-            assert row["test"]["accuracy"] > 0.3
