@@ -12,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 windows, linux = os.name == "nt", sys.platform == "linux"
 extension = Extension(
     "cobra_kernels._C",
-    sources=["csrc/gates.cpp", "csrc/merge.cpp", "csrc/skinny.cpp"],
+    sources=["csrc/conductance.cpp", "csrc/gates.cpp", "csrc/merge.cpp", "csrc/skinny.cpp"],
     include_dirs=["csrc"],
     depends=sorted(glob("csrc/*.h")),
     extra_compile_args=["/std:c++17"] if windows else ["-std=c++17", "-O3", "-fvisibility=hidden", "-pthread"],

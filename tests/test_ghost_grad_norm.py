@@ -81,7 +81,7 @@ def test_any_shape(shape):
 
 
 @pytest.mark.parametrize("examples", [1, 2, 5])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", [shape for name, shape in SHAPES.items() if name != "one token"], ids=str)
 def test_chunks_change_nothing(shape, examples, monkeypatch):
     """Any number of examples at a time, also where it does not divide the batch."""
     _, T, K, N = shape
