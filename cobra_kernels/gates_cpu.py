@@ -48,6 +48,19 @@ def backward(
     return out
 
 
+def concrete(
+    library: ctypes.CDLL, dz: Tensor | None, logits: Tensor, noise: Tensor, temperature: Tensor, low: float, high: float
+) -> Tensor:
+    """z of given noise, or with its gradient that of the logits; a layer calls it, so it does little else."""
+    held = [t if t.is_contiguous() and t.dtype == logits.dtype else t.to(logits.dtype).contiguous() for t in (logits, noise)]
+    gradient = None if dz is None else dz.to(logits.dtype).contiguous()
+    out = torch.empty_like(held[0])
+    kind = FP64 * (logits.dtype == torch.float64) + HARD * (low < 0)
+    pointers = (held[0].data_ptr(), held[1].data_ptr(), _pointer(gradient), out.data_ptr())
+    library.cobra_concrete(*pointers, logits.numel(), temperature.item(), low, high - low, kind)
+    return out
+
+
 def flags_of(logits: Tensor, options: GateOptions) -> int:
     return FP64 * (logits.dtype == torch.float64) + HARD * options.hard + SAMPLED * options.sampled
 
@@ -59,7 +72,11 @@ def _held(logits, prior, noise, offsets) -> list[Tensor | None]:
 
 
 def _pointers(tensors: list[Tensor | None]) -> list[int | None]:
-    return [None if t is None else t.data_ptr() for t in tensors]
+    return [_pointer(t) for t in tensors]
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _numbers(logits, offsets, temperature, options: GateOptions) -> tuple:

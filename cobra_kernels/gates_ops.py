@@ -54,8 +54,8 @@ def drawn_noise(logits: Tensor, offsets: Tensor | None, options: GateOptions) ->
     return noise.reshape(logits.shape).to(logits.device)
 
 
-def _forward(logits, prior, noise, offsets, temperature, *options):
-    chosen = GateOptions(*options)
+def forward(logits, prior, noise, offsets, temperature, chosen: GateOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """z, kl and open by torch, each like logits, or empty where it is not wanted."""
     a, p, v, T = _widened(logits, prior, noise, offsets, temperature, chosen)
     z, kl, opened = chosen.wanted
     values = (
@@ -66,8 +66,9 @@ def _forward(logits, prior, noise, offsets, temperature, *options):
     return tuple(logits.new_empty(0) if t is None else t.to(logits.dtype) for t in values)
 
 
-def _backward(dz, dkl, dopen, logits, prior, noise, offsets, temperature, *options):
-    chosen = GateOptions(*options)
+def backward(gradients, logits, prior, noise, offsets, temperature, chosen: GateOptions) -> Tensor:
+    """Gradient of the logits by torch."""
+    dz, dkl, dopen = gradients
     a, p, v, T = _widened(logits, prior, noise, offsets, temperature, chosen)
     da = torch.zeros_like(a)
     if dz is not None:
@@ -90,6 +91,14 @@ def _widened(logits, prior, noise, offsets, temperature, options):
     if noise is None and options.noisy:
         noise = drawn_noise(logits, offsets, options)
     return tuple(None if t is None else t.to(dtype) for t in (logits, prior, noise, temperature))
+
+
+def _forward(logits, prior, noise, offsets, temperature, *options):
+    return forward(logits, prior, noise, offsets, temperature, GateOptions(*options))
+
+
+def _backward(dz, dkl, dopen, logits, prior, noise, offsets, temperature, *options):
+    return backward([dz, dkl, dopen], logits, prior, noise, offsets, temperature, GateOptions(*options))
 
 
 def _forward_cpu(logits, prior, noise, offsets, temperature, *options):

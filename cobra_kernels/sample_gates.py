@@ -14,6 +14,7 @@ Logits are fp32 (or fp64); the noise and the sample are computed in fp64 and rou
 import torch
 from torch import Tensor
 
+from cobra_kernels import extension, gates_cpu, gates_ops
 from cobra_kernels.gates_ops import GateFunction, concrete
 from cobra_kernels.gates_options import GateOptions, heat_of, signed, stretch_of
 from cobra_kernels.philox import gate_noise
@@ -29,6 +30,54 @@ def concrete_gates_ref(logits: Tensor, noise: Tensor, temperature: Tensor | floa
     return concrete(logits.to(work), noise.to(work), temperature, options).to(logits.dtype)
 
 
+def _forward(logits, noise, temperature, low, high):
+    return gates_ops.forward(logits, None, noise, None, temperature, GateOptions(low=low, high=high))[0]
+
+
+def _backward(dz, logits, noise, temperature, low, high):
+    return gates_ops.backward([dz, None, None], logits, None, noise, None, temperature, GateOptions(low=low, high=high))
+
+
+def _forward_cpu(logits, noise, temperature, low, high):
+    library = extension.load()
+    if library is None or logits.dtype not in gates_cpu.DTYPES:
+        return _forward(logits, noise, temperature, low, high)
+    return gates_cpu.concrete(library, None, logits, noise, temperature, low, high)
+
+
+def _backward_cpu(dz, logits, noise, temperature, low, high):
+    library = extension.load()
+    if library is None or logits.dtype not in gates_cpu.DTYPES:
+        return _backward(dz, logits, noise, temperature, low, high)
+    return gates_cpu.concrete(library, dz, logits, noise, temperature, low, high)
+
+
+_OPERANDS = "Tensor logits, Tensor noise, Tensor temperature, float low, float high"
+torch.library.define("cobra::concrete_gates", f"({_OPERANDS}) -> Tensor")
+torch.library.define("cobra::concrete_gates_backward", f"(Tensor dz, {_OPERANDS}) -> Tensor")
+torch.library.impl("cobra::concrete_gates", "default", _forward)
+torch.library.impl("cobra::concrete_gates", "cpu", _forward_cpu)
+torch.library.impl("cobra::concrete_gates_backward", "default", _backward)
+torch.library.impl("cobra::concrete_gates_backward", "cpu", _backward_cpu)
+torch.library.register_fake("cobra::concrete_gates", lambda logits, *rest: logits.new_empty(logits.shape))
+torch.library.register_fake("cobra::concrete_gates_backward", lambda dz, logits, *rest: logits.new_empty(logits.shape))
+_concrete_gates = torch.ops.cobra.concrete_gates.default
+_concrete_gates_backward = torch.ops.cobra.concrete_gates_backward.default
+
+
+class _ConcreteGates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, noise, temperature, low, high):
+        ctx.save_for_backward(logits, noise, temperature)
+        ctx.stretch = low, high
+        return _concrete_gates(logits, noise, temperature, low, high)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dz):
+        return _concrete_gates_backward(dz, *ctx.saved_tensors, *ctx.stretch), None, None, None, None
+
+
 def concrete_gates(logits: Tensor, noise: Tensor, temperature: Tensor, *, stretch: Stretch | None = None) -> Tensor:
     """Gates from noise that is already drawn; differentiable in the logits.
 
@@ -41,8 +90,7 @@ def concrete_gates(logits: Tensor, noise: Tensor, temperature: Tensor, *, stretc
     """
     if noise.shape != logits.shape:
         raise ValueError(f"noise {tuple(noise.shape)} and logits {tuple(logits.shape)} differ in shape")
-    low, high = stretch_of(stretch)
-    return GateFunction.apply(logits, None, noise, None, temperature, GateOptions(low=low, high=high), None)[0]
+    return _ConcreteGates.apply(logits, noise, temperature, *stretch_of(stretch))
 
 
 def sample_gates_ref(

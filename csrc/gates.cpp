@@ -171,3 +171,17 @@ COBRA_EXPORT void cobra_gates_backward(const void* logits, const void* prior, co
   };
   flags & cobra::FP64 ? run(double()) : run(float());
 }
+
+// z of given noise, or with a dz the gradient of the logits: out (gates,). Fewer arguments, for a call a layer.
+COBRA_EXPORT void cobra_concrete(const void* logits, const void* noise, const void* dz, void* out, int64_t gates,
+                                 double temperature, double low, double width, int32_t flags) {
+  const cobra::Layout layout{nullptr, 1, gates, 0, 0, 0};
+  const cobra::GateKind kind = cobra::kind_of(temperature, low, width, 0.0, flags);
+  const auto run = [&](auto number) {
+    using Number = decltype(number);
+    const auto all = cobra::gates_of<Number>(logits, nullptr, noise, layout, kind);
+    if (!dz) return all.forward(static_cast<Number*>(out), nullptr, nullptr);
+    all.backward(static_cast<const Number*>(dz), nullptr, nullptr, static_cast<Number*>(out));
+  };
+  flags & cobra::FP64 ? run(double()) : run(float());
+}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cobra_kernels import concrete_gates, concrete_gates_ref, gate_noise, sample_gates, sample_gates_ref
+from cobra_kernels import concrete_gates, concrete_gates_ref, extension, gate_noise, sample_gates, sample_gates_ref
 from cobra_kernels.philox import noise_of_words
 
 DRAW = dict(seed=3, step=5, temperature=0.5)
@@ -117,3 +117,40 @@ def test_rejects_shape(shape):
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)], ids=str)
 def test_no_gates(shape):
     assert sample_gates(torch.zeros(shape), **DRAW).shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_opcheck(dtype):
+    logits, dz = torch.randn(2, 3, 5, dtype=dtype)
+    operands = (logits, gate_noise(3, 5, seed=2, step=0).to(dtype), torch.tensor(0.3), -0.1, 1.1)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.cobra.concrete_gates.default, operands, test_utils=tests)
+    torch.library.opcheck(torch.ops.cobra.concrete_gates_backward.default, (dz, *operands), test_utils=tests)
+
+
+@pytest.mark.parametrize("stretch", [None, (-0.1, 1.1)], ids=str)
+def test_compiled_extension_and_torch_agree(stretch, monkeypatch):
+    """Slices of larger tensors too, and a gradient that is one number for all gates."""
+    logits, noise = torch.randn(5, 40)[:, 3:33], gate_noise(5, 40, seed=2, step=0)[:, 3:33]
+    leaf = logits.clone().requires_grad_()
+
+    def run(operand):
+        z = concrete_gates(operand, noise, torch.tensor(0.3), stretch=stretch)
+        return z.detach(), torch.autograd.grad(z.sum(), leaf)[0]
+
+    compiled = run(leaf)
+    assert torch.equal(concrete_gates(logits, noise, torch.tensor(0.3), stretch=stretch), compiled[0])
+    monkeypatch.setattr(extension, "load", lambda: None)
+    torch.testing.assert_close(run(leaf), compiled, rtol=1.2e-7, atol=0)
+
+
+def test_noise_shape_error():
+    """Broadcasting would give two gates one draw."""
+    with pytest.raises(ValueError, match=r"noise \(4,\) and logits \(3, 4\)"):
+        concrete_gates(torch.zeros(3, 4), torch.zeros(4), torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("stretch", [(0.0, 1.1), (-0.1, 1.0), (-float("inf"), 1.1)], ids=str)
+def test_rejects_stretch(stretch):
+    with pytest.raises(ValueError, match=r"expected \(low, high\) with low < 0 and high > 1"):
+        sample_gates(torch.zeros(2, 3), **DRAW, stretch=stretch)
