@@ -18,8 +18,8 @@ SHAPES = {  # T, D, r
     "one token": (1, 4096, 3),
     "primes, no row is aligned": (1009, 2053, 7),
     "all ranks": (300, 1024, 64),
-    "planes": (8192, 4096, 16),
-    "wide": (2000, 11008, 32),
+    "planes": (4096, 1024, 16),
+    "wide": (600, 11008, 32),
 }
 
 
