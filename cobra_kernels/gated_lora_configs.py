@@ -6,6 +6,7 @@ chosen by arithmetic and never timed: `make gpu` sweeps the candidates and write
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -59,6 +60,25 @@ class SmallConfig:
     num_stages: int = 1
 
 
+@dataclass(frozen=True)
+class Roofline:
+    """SI units.
+
+    flops: of a large half-precision product
+    bandwidth: of the main memory
+    launch: one kernel, from call to call
+    fused: speed of the fused kernel's own product over that of cuBLAS
+    """
+
+    flops: float
+    bandwidth: float
+    launch: float = 4e-6
+    fused: float = 0.95  # what is published of a kernel like it on an H100 NVL; `make gpu` measures this one
+
+
+ROOFLINES = {80: Roofline(312e12, 2.0e12), 90: Roofline(790e12, 3.0e12)}
+
+
 def is_wide_layer(weight: Tensor) -> bool:
     """Whether operands are loaded 16 bytes at a time: half precision, sizes and row strides that are multiples of 16."""
     unit, other = sorted(weight.stride())
@@ -96,6 +116,30 @@ def pick_base_config(M: int, N: int, rank_tile: int, wide: bool, arch: int) -> B
     if arch < 90:
         return BaseConfig(128, 256, 32, block_r, GROUP_M=8, num_warps=8, num_stages=4)
     return BaseConfig(128, 256, 64, block_r, GROUP_M=8, num_warps=8, num_stages=3)
+
+
+def seconds_fused(M: int, K: int, N: int, R: int, device: Roofline) -> float:
+    """h folded in the accumulator of x W, in half precision: y is written once."""
+    values = M * K + K * N + M * N + R * (M + N)
+    return device.launch + max(2 * M * N * (K + R) / (device.flops * device.fused), 2 * values / device.bandwidth)
+
+
+def seconds_addmm(M: int, K: int, N: int, R: int, device: Roofline) -> float:
+    """x W by cuBLAS, and h folded added to it: y is written, read, and written again."""
+    product = max(2 * M * N * K / device.flops, 2 * (M * K + K * N + M * N) / device.bandwidth)
+    added = max(2 * M * N * R / device.flops, 2 * (2 * M * N + R * (M + N)) / device.bandwidth)
+    return 2 * device.launch + product + added
+
+
+def pick_base_path(M: int, K: int, N: int, R: int, wide: bool, arch: int) -> Literal["fused", "addmm"]:
+    """M, N: rows and columns of the output; R: ranks in whole tiles.
+
+    What is not wide has no tensor cores here, and cuBLAS has better tiles for it than the narrow table.
+    """
+    if not wide:
+        return "addmm"
+    sizes = (M, K, N, R, ROOFLINES[90 if arch >= 90 else 80])
+    return "fused" if seconds_fused(*sizes) < seconds_addmm(*sizes) else "addmm"
 
 
 def pick_tokens_config(rank_tile: int, wide: bool, with_g: bool, arch: int) -> TokensConfig:

@@ -20,29 +20,30 @@ def forward(
     lora_B: Tensor,
     gate: Tensor | None,
     temperature: Tensor | None,
-    draw: Sequence[int],
+    draw: Tensor | None,
     scaling: float,
     keep_closed: bool,
 ) -> tuple[Tensor, ...]:
     """-> y (M, N), h (M, R), h with the tokens' gates or empty, z (r,), source (R,), extent (2,)
 
     gate: (r,) or (M, r) gates, (r,) logits with a draw, or None
-    temperature, draw: () fp32, and signed words (seed low, seed high, step low, step high, site); empty for given gates
+    temperature, draw: () fp32 and (5,) int32 as in `ConcreteSample`, or None for given gates
     keep_closed: closed gates get their dz too, which needs their h
     """
     wide = configs.is_wide_layer(weight)
     x = _dense(x) if wide else x
     r, per_token = len(lora_A), gate is not None and gate.ndim == 2
-    kind = "sampled" if draw else "open" if gate is None or per_token else "given"
+    kind = "sampled" if draw is not None else "open" if gate is None else "given"
     rank_tile = configs.pick_rank_tile(r, wide)
     R = configs.padded_rank(r, rank_tile, kind == "given")
     z = launch.empty(x, r, dtype=torch.float32)
     source, extent = launch.empty(x, R, dtype=torch.int32), launch.empty(x, 2, dtype=torch.int32)
     branch = launch.Branch(z, source, extent, 1.0 if per_token else scaling, rank_tile, wide)
     with torch.cuda.device_of(x):
-        packed_A, folded_B = launch.fold(x, lora_A, lora_B, branch, kind, gate, temperature, draw, keep_closed)
-        h, gated, _ = launch.shrink(x, packed_A, branch, (gate, scaling) if per_token else None)
-        y = launch.base(x, weight.t(), gated if per_token else h, folded_B, bias, branch)
+        of_ranks = (gate != 0).any(0).float() if per_token else gate  # closed for all tokens is closed
+        packed_A, folded_B = launch.fold(x, lora_A, lora_B, branch, kind, of_ranks, temperature, draw, keep_closed)
+        h, gated, _ = launch.shrink(x, packed_A, branch, (gate, scaling) if per_token else None, with_closed=keep_closed)
+        y = _frozen(x, weight.t(), gated if per_token else h, folded_B, bias, branch, kind == "given")
     return y, h, gated, z, source, extent
 
 
@@ -83,7 +84,7 @@ def backward(
             if one_pass:
                 g, gated_g, dz = launch.rows(g_planes, branch, dy.dtype, token_gates, h_of_dz)
             else:
-                g, gated_g, dz = launch.shrink(dy, packed_B, branch, token_gates, h_of_dz)
+                g, gated_g, dz = launch.shrink(dy, packed_B, branch, token_gates, h_of_dz, h_of_dz is not None)
             if per_token:
                 g, dgate = gated_g, dz if needs_gate else None
         if needs_sums:
@@ -95,8 +96,22 @@ def backward(
             sums, _ = launch.tokens(x, g, None, branch, closed=False)
             dA, _ = launch.columns(sums, lora_A, branch, closed=False)
         if needs_x:
-            dx = launch.base(dy, weight, g, folded_A, None, branch)
+            dx = _frozen(dy, weight, g, folded_A, None, branch, gate is not None and temperature is None)
     return tuple(launch.empty(dy, 0) if gradient is None else gradient for gradient in (dx, dA, dB, dgate))
+
+
+def _frozen(
+    x: Tensor, weight: Tensor, h: Tensor, folded: Tensor, bias: Tensor | None, branch: launch.Branch, has_closed: bool
+) -> Tensor:
+    """h folded + x weight + bias, in one product or in two, whichever the roofline says; weight (K, N)"""
+    (M, K), N = x.shape, weight.shape[1]
+    if configs.pick_base_path(M, K, N, branch.padded_rank, branch.wide, launch.arch(x)) == "fused":
+        return launch.base(x, weight, h, folded, bias, branch)
+    if has_closed:  # what is past the open ranks may be unwritten, or not finite
+        closed = torch.arange(branch.padded_rank, device=x.device) >= branch.extent[0]
+        h, folded = h.masked_fill(closed, 0), folded.masked_fill(closed[:, None], 0)
+    y = x @ weight if bias is None else torch.addmm(bias, x, weight)
+    return y.addmm_(h, folded)
 
 
 def _dense(x: Tensor) -> Tensor:

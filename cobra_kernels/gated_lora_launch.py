@@ -3,7 +3,6 @@
 Shapes and symbols are those of `gated_lora_linear_triton`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +42,7 @@ def fold(
     kind: str,
     gate: Tensor | None = None,
     temperature: Tensor | None = None,
-    draw: Sequence[int] = (),
+    draw: Tensor | None = None,
     keep_closed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """-> A (R, K) and Bᵀ (R, N) in the order and dtype of the products; B folded, or A where the gates are "known"."""
@@ -56,6 +55,7 @@ def fold(
         lora_B,
         gate,
         branch.z if temperature is None else temperature,
+        branch.extent if draw is None else draw,
         branch.z,
         branch.source,
         branch.extent,
@@ -65,7 +65,6 @@ def fold(
         K,
         N,
         branch.scaling,
-        *(draw or (0, 0, 0, 0, 0)),
         *lora_A.stride(),
         *lora_B.stride(),
         gate.stride(0),
@@ -84,9 +83,13 @@ def shrink(
     branch: Branch,
     token_gates: tuple[Tensor, float] | None = None,
     h_of_dz: Tensor | None = None,
+    with_closed: bool = True,
     config: configs.ShrinkConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h = x packedᵀ (M, R), and what `rows` makes of token branch."""
+    """h = x packedᵀ (M, R), and what `rows` makes of tokens' gates.
+
+    with_closed: of closed gates of tokens too; else a tile that has no open one is 0, and its x is not read
+    """
     (M, K), R = x.shape, branch.padded_rank
     config = config or configs.pick_shrink_config(M, branch.rank_tile, branch.wide)
     programs = -(-M // config.BLOCK_M) * (R // branch.rank_tile)
@@ -94,8 +97,24 @@ def shrink(
     direct = planes == 1 and token_gates is None
     h = empty(x, planes, M, R, dtype=x.dtype if direct else torch.float32)
     plane_size = -(-K // (planes * config.BLOCK_K)) * config.BLOCK_K
+    skips = token_gates is not None and not with_closed
+    z = token_gates[0] if skips else h[0]
     products._shrink_kernel[programs, planes](
-        x, packed, h, branch.extent, M, K, R, plane_size, *x.stride(), h.stride(0), **vars(config)
+        x,
+        packed,
+        z,
+        h,
+        branch.source,
+        branch.extent,
+        M,
+        K,
+        R,
+        plane_size,
+        *x.stride(),
+        *z.stride(),
+        h.stride(0),
+        SKIPS=skips,
+        **vars(config),
     )
     if direct:
         return h[0], empty(x, 0), empty(x, 0)
@@ -123,6 +142,7 @@ def rows(
         out,
         gated if token_gates else out,
         out if h_of_dz is None else dz,
+        branch.source,
         branch.extent,
         M,
         R,

@@ -14,7 +14,6 @@ The Triton path selects closed gates away where z is (r,): fixed ones cost nothi
 and dB. It has been compiled for sm_80 and sm_90 and interpreted, and has never run on a GPU: it is off unless asked for.
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,35 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cobra_kernels import gated_lora_configs as configs
-from cobra_kernels.backend import TRITON_DTYPES, require_triton
+from cobra_kernels.backend import TRITON_DTYPES, check_backend, has_tiles, require_triton, uses_triton
+from cobra_kernels.concrete_sample import ConcreteSample
 from cobra_kernels.gated_lora_linear_cpu import reduce, shrink
-from cobra_kernels.sample_gates import concrete_gates, gate_noise
-
-
-@dataclass(frozen=True, eq=False)
-class ConcreteSample:
-    """Gates that are drawn where they are used, in the place of z: those of `sample_gates` at one site.
-
-    logits: (r,) fp32
-    seed, step: integers in [0, 2^64); site: in [0, 2^32)
-    temperature: () fp32 on the device of logits, greater than 0
-    """
-
-    logits: Tensor
-    seed: int
-    step: int
-    site: int
-    temperature: Tensor
-
-    def gates(self) -> Tensor:
-        """z (r,), differentiable in the logits."""
-        noise = gate_noise(1, len(self.logits), seed=self.seed, step=self.step, first_site=self.site)[0]
-        return concrete_gates(self.logits, noise.to(self.logits.device), self.temperature)
-
-    def draw(self) -> list[int]:
-        """(seed low, seed high, step low, step high, site) as signed words of 32 bits."""
-        words = (self.seed, self.seed >> 32, self.step, self.step >> 32, self.site)
-        return [(word + 2**31) % 2**32 - 2**31 for word in words]
 
 
 def gated_lora_linear_ref(
@@ -123,9 +96,8 @@ def _forward(x, weight, bias, lora_A, lora_B, gate, temperature, draw, scaling, 
 def _forward_fake(x, weight, bias, lora_A, lora_B, gate, temperature, draw, scaling, keep_closed):
     (M, _), N, r = x.shape, weight.shape[0], len(lora_A)
     per_token = gate is not None and gate.ndim == 2
-    R = configs.padded_rank(
-        r, configs.pick_rank_tile(r, configs.is_wide_layer(weight)), gate is not None and not per_token and not draw
-    )
+    rank_tile = configs.pick_rank_tile(r, configs.is_wide_layer(weight))
+    R = configs.padded_rank(r, rank_tile, gate is not None and draw is None)
     z, source, extent = (x.new_empty(n, dtype=t) for n, t in ((r, torch.float32), (R, torch.int32), (2, torch.int32)))
     return x.new_empty(M, N), x.new_empty(M, R), x.new_empty((M, R) if per_token else 0), z, source, extent
 
@@ -146,7 +118,7 @@ def _backward_fake(dy, x, weight, lora_A, lora_B, gate, temperature, h, gated, z
 _OPERANDS = "Tensor x, Tensor weight{}, Tensor lora_A, Tensor lora_B, Tensor? gate, Tensor? temperature"
 torch.library.define(
     "cobra::gated_lora_forward_triton",
-    f"({_OPERANDS.format(', Tensor? bias')}, int[] draw, float scaling, bool keep_closed)"
+    f"({_OPERANDS.format(', Tensor? bias')}, Tensor? draw, float scaling, bool keep_closed)"
     " -> (Tensor y, Tensor h, Tensor gated, Tensor z, Tensor source, Tensor extent)",
 )
 torch.library.define(
@@ -175,9 +147,9 @@ class _TritonGatedLoraLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         needs_x, needs_weight, needs_A, needs_B, needs_gate, _, needs_bias, *_ = ctx.needs_input_grad
-        x = ctx.saved_tensors[0]
+        x, *rest = ctx.saved_tensors  # once: activation checkpointing refuses a second look
         needs = [needs_x, needs_A, needs_B, needs_gate]
-        found = torch.ops.cobra.gated_lora_backward_triton.default(dy, *ctx.saved_tensors, ctx.scaling, needs)
+        found = torch.ops.cobra.gated_lora_backward_triton.default(dy, x, *rest, ctx.scaling, needs)
         dx, dA, dB, dgate = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
         dW = dy.t() @ x if needs_weight else None
         return dx, dW, dA, dB, dgate, None, dy.sum(0) if needs_bias else None, None, None
@@ -192,7 +164,7 @@ def gated_lora_linear(
     *,
     scaling: float = 1.0,
     bias: Tensor | None = None,
-    backend: Literal["torch", "triton"] | None = None,
+    backend: Literal["auto", "torch", "triton"] | None = None,
 ) -> Tensor:
     """y = x Wᵀ + b + scaling ((x Aᵀ) ∘ z) Bᵀ, with fused products forward and backward.
 
@@ -202,36 +174,51 @@ def gated_lora_linear(
     z: (r,), or (..., r) with the leading shape of x, or a `ConcreteSample`; None means all gates open
     scaling: the fixed s
     bias: (N,)
-    backend: "triton" needs a CUDA device, and half precision or fp32; nothing else is tried where it cannot run
+    backend: "triton" needs a CUDA device, and half precision or fp32; nothing else is tried where it cannot run. None is "auto"
 
     out: (..., N) in the dtype of x, or in autocast's dtype. A, B and z may be fp32 beside a half-precision x.
 
-    Raises ValueError where shapes do not fit.
+    Raises ValueError where shapes do not fit, RuntimeError under torch.func's transforms, vmap among them.
     """
+    check_no_transforms()
     sample = z if isinstance(z, ConcreteSample) else None
     gate = z if sample is None else sample.logits
-    _check_shapes(x, weight, lora_A, lora_B, gate, bias)
-    if backend not in (None, "torch", "triton"):
-        raise ValueError(f"no backend {backend!r}; there are 'torch' and 'triton'")
+    check_shapes(x, weight, lora_A, lora_B, gate, bias)
+    check_backend(backend)
     gate = gate.reshape(-1, gate.shape[-1]) if gate is not None and gate.ndim > 1 else gate
     flat = x.reshape(-1, x.shape[-1])
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        with torch.autocast(x.device.type, enabled=False):
             y = _apply(flat.to(dtype), weight, lora_A, lora_B, gate, sample, scaling, bias, backend)
     else:
         y = _apply(flat, weight, lora_A, lora_B, gate, sample, scaling, bias, backend)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+def check_no_transforms() -> None:
+    """Raises RuntimeError under torch.func's transforms."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "gated_lora_linear has no rule for torch.func's transforms (vmap, grad, jvp): give it the batch as leading"
+            " dimensions of x, or use gated_lora_linear_ref"
+        )
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Of the products of x under autocast; None where there is none."""
+    device = x.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else None
+
+
 def _apply(x, weight, lora_A, lora_B, gate, sample, scaling, bias, backend) -> Tensor:
     # cast outside the Function, so that the cast's own backward returns the gradient in the parameter's dtype
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if backend == "triton":
+    if uses_triton(backend, x):
         _check_triton(x, lora_A, lora_B, gate)
         if len(x) and len(weight):  # else there is nothing to launch
-            drawn = (None, []) if sample is None else (sample.temperature, sample.draw())
+            drawn = (None, None) if sample is None else (sample.temperature, sample.draw)
             return _TritonGatedLoraLinear.apply(x, weight, lora_A, lora_B, gate, scaling, bias, *drawn)
     z = gate if sample is None else sample.gates()
     return _GatedLoraLinear.apply(x, weight, lora_A, lora_B, z, scaling, bias)
@@ -243,14 +230,14 @@ def _check_triton(x, lora_A, lora_B, gate) -> None:
         if t is not None and t.dtype not in TRITON_DTYPES:
             raise ValueError(f"backend='triton' takes {name} in float32, bfloat16 or float16, not {t.dtype}; cast it")
     capability = torch.cuda.get_device_capability(x.device)
-    if capability != (8, 0) and capability < (9, 0):
+    if not has_tiles(capability):
         raise RuntimeError(
             "backend='triton' has tiles for compute capability 8.0 and from 9.0 on, and x is on one of"
             f" {'.'.join(map(str, capability))}; the default backend runs everywhere"
         )
 
 
-def _check_shapes(x, weight, lora_A, lora_B, z, bias) -> None:
+def check_shapes(x, weight, lora_A, lora_B, z, bias) -> None:
     if weight.ndim != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K)")
     (N, K), r = weight.shape, lora_A.shape[0]

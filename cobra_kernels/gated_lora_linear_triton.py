@@ -28,7 +28,9 @@ import triton.language as tl
 def _shrink_kernel(
     x_ptr,
     p_ptr,
+    z_ptr,
     h_ptr,
+    source_ptr,
     extent_ptr,
     M,
     K,
@@ -36,12 +38,18 @@ def _shrink_kernel(
     plane_size,
     stride_xm,
     stride_xk,
+    stride_zm,
+    stride_zr,
     stride_hp,
+    SKIPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Grid (token tiles × rank tiles, planes): h[m, r] = Σ_k x[m, k] p[r, k] over the plane's part of K."""
+    """Grid (token tiles × rank tiles, planes): h[m, r] = Σ_k x[m, k] p[r, k] over the plane's part of K.
+
+    SKIPS: where no gate z[m, source[r]] of a tile is open, h is 0 and x is not read
+    """
     rank_tiles = R // BLOCK_R
     rank_start = tl.program_id(0) % rank_tiles * BLOCK_R
     if rank_start < tl.load(extent_ptr + 1):
@@ -52,10 +60,17 @@ def _shrink_kernel(
         offs_k = tl.arange(0, BLOCK_K)
         mask_m = offs_m < M - first
         start = plane * plane_size
+        end = tl.minimum(K, start + plane_size)
+        if SKIPS:
+            source = tl.load(source_ptr + offs_r)
+            z_ptrs = z_ptr + first * stride_zm + offs_m[:, None] * stride_zm + source[None, :] * stride_zr
+            z = tl.load(z_ptrs, mask=mask_m[:, None] & (source >= 0)[None, :], other=0.0)
+            opened = tl.reduce(tl.reduce((z != 0).to(tl.int32), 1, tl.standard._sum_combine), 0, tl.standard._sum_combine)
+            end = tl.where(opened > 0, end, start)
         x_ptrs = x_ptr + first * stride_xm + start * stride_xk + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
         p_ptrs = p_ptr + start + offs_r[None, :].to(tl.int64) * K + offs_k[:, None]
         acc = tl.full((BLOCK_M, BLOCK_R), 0.0, tl.float32)
-        for k in range(start, tl.minimum(K, start + plane_size), BLOCK_K):
+        for k in range(start, end, BLOCK_K):
             mask_k = offs_k < K - k
             x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
             p = tl.load(p_ptrs, mask=mask_k[:, None], other=0.0)
@@ -192,6 +207,7 @@ def _rows_kernel(
     out_ptr,
     gated_ptr,
     dz_ptr,
+    source_ptr,
     extent_ptr,
     M,
     R,
@@ -221,12 +237,13 @@ def _rows_kernel(
             plane_ptrs += stride_pp
         tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask_m)
         if GATED:
-            mask_z = mask_m & (offs_r < r)[None, :]
-            at = first * stride_zm + offs_m[:, None] * stride_zm + offs_r[None, :] * stride_zr
+            source = tl.load(source_ptr + offs_r)
+            mask_z = mask_m & (source >= 0)[None, :]
+            at = first * stride_zm + offs_m[:, None] * stride_zm + source[None, :] * stride_zr
             z = tl.load(z_ptr + at, mask=mask_z, other=0.0).to(tl.float32)
             gated = tl.where(z != 0, z * scaling * total, 0.0)
             tl.store(gated_ptr + offsets, gated.to(gated_ptr.dtype.element_ty), mask=mask_m)
             if WITH_DZ:
                 h = tl.load(h_ptr + offsets, mask=mask_m, other=0.0).to(tl.float32)
-                dz_ptrs = dz_ptr + first * r + offs_m[:, None] * r + offs_r[None, :]
+                dz_ptrs = dz_ptr + first * r + offs_m[:, None] * r + source[None, :]
                 tl.store(dz_ptrs, (scaling * h * total).to(dz_ptr.dtype.element_ty), mask=mask_z)

@@ -24,13 +24,13 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def _concrete(logits, ranks, seed_low, seed_high, step_low, step_high, site, temperature):
+def _concrete(logits, ranks, draw_ptr, temperature):
     """z of gates `ranks`: the noise of `gate_noise` and the sample of `concrete_gates`, fp64 rounded once."""
     zero = tl.full(ranks.shape, 0, tl.uint32)
     block = (ranks // 4).to(tl.uint32)
-    step_0, step_1 = zero + step_low.to(tl.uint32), zero + step_high.to(tl.uint32)
-    key_0, key_1 = zero + seed_low.to(tl.uint32), zero + seed_high.to(tl.uint32)
-    w0, w1, w2, w3 = _philox(block, zero + site.to(tl.uint32), step_0, step_1, key_0, key_1)
+    key_0, key_1 = zero + tl.load(draw_ptr).to(tl.uint32), zero + tl.load(draw_ptr + 1).to(tl.uint32)
+    step_0, step_1 = zero + tl.load(draw_ptr + 2).to(tl.uint32), zero + tl.load(draw_ptr + 3).to(tl.uint32)
+    w0, w1, w2, w3 = _philox(block, zero + tl.load(draw_ptr + 4).to(tl.uint32), step_0, step_1, key_0, key_1)
     word = tl.where(ranks % 4 < 2, tl.where(ranks % 4 == 0, w0, w1), tl.where(ranks % 4 == 2, w2, w3))
     u = ((word >> 8).to(tl.float64) + 0.5) * 5.9604644775390625e-08
     noise = (tl.log(u) - tl.log(1.0 - u)).to(tl.float32)
@@ -78,12 +78,13 @@ def _pack(
     tl.store(out_ptrs, values.to(out_ptr.dtype.element_ty), mask=mask & (lanes >= 0)[:, None])
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "step_low", "step_high", "site"])
+@triton.jit
 def _fold_kernel(
     a_ptr,
     b_ptr,
     gate_ptr,
     temperature_ptr,
+    draw_ptr,
     z_ptr,
     source_ptr,
     extent_ptr,
@@ -93,11 +94,6 @@ def _fold_kernel(
     K,
     N,
     scaling,
-    seed_low,
-    seed_high,
-    step_low,
-    step_high,
-    site,
     stride_ar,
     stride_ak,
     stride_bn,
@@ -130,7 +126,7 @@ def _fold_kernel(
             if GATES == "sampled":
                 logits = tl.load(gate_ptr + source * stride_gate, mask=source >= 0, other=0.0)
                 temperature = tl.load(temperature_ptr)
-                z = _concrete(logits, lanes, seed_low, seed_high, step_low, step_high, site, temperature)
+                z = _concrete(logits, lanes, draw_ptr, temperature)
             else:
                 z = tl.full((ROWS,), 1.0, tl.float32)
         if tile == 0:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cobra_kernels import ConcreteSample, gated_lora_linear, gated_lora_linear_ref, sample_gates, testing
+from cobra_kernels import ConcreteSample, draw_words, gated_lora_linear, gated_lora_linear_ref, sample_gates, testing
 from cobra_kernels.testing import assert_within_budget, make_inputs
 
 SCALING = 1.7
@@ -152,12 +152,46 @@ def test_fp32_adapter_on_a_bf16_layer(gates):
     assert all(fast[f"d{name}"].dtype == t.dtype for name, t in inputs.items())
 
 
-@pytest.mark.parametrize("gates", ["rank", "token"])
-def test_compiles_without_a_graph_break(gates):
-    inputs = make_inputs(*MIDDLE, gates=gates)
-    compiled = torch.compile(gated_lora_linear, fullgraph=True, backend="aot_eager")
-    fast, eager = (output_and_gradients(function, inputs) for function in (compiled, gated_lora_linear))
+@pytest.mark.parametrize("gates", ["rank", "token", "drawn"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_without_a_graph_break(backend, gates):
+    """Forward and backward."""
+    inputs = make_inputs(*MIDDLE, gates=None if gates == "drawn" else gates)
+    function = gated_lora_linear
+    if gates == "drawn":
+        function, inputs = drawn_as_given, inputs | {"logits": torch.linspace(-2, 2, 6)}
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    fast, eager = (output_and_gradients(function, inputs) for function in (compiled, function))
     torch.testing.assert_close(fast, eager)
+
+
+def drawn_as_given(logits, scaling, **operands):
+    sample = ConcreteSample(logits, draw_words(2**63 + 3, 5, 2), torch.tensor(0.5))
+    return gated_lora_linear(z=sample, scaling=scaling, **operands)
+
+
+def test_a_compiled_step_draws_the_next_gates_without_compiling_again():
+    """Seed, step and temperature are tensors: a step changes their values and nothing else."""
+    inputs = make_inputs(*MIDDLE, gates=None)
+    graphs = []
+
+    def count(graph, example):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda sample: gated_lora_linear(**inputs, z=sample), fullgraph=True, backend=count)
+    for step in range(3):
+        sample = ConcreteSample.of(torch.linspace(-2, 2, 6), seed=1, step=step, site=0, temperature=1.0 - 0.1 * step)
+        torch.testing.assert_close(compiled(sample), gated_lora_linear(**inputs, z=sample))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad], ids=["vmap", "grad"])
+def test_functional_transforms_are_refused(transform):
+    inputs = make_inputs(*MIDDLE)
+    x = inputs.pop("x")
+    with pytest.raises(RuntimeError, match=r"no rule for torch.func's transforms .* give it the batch as leading dimensions"):
+        transform(lambda x: gated_lora_linear(x, **inputs).sum())(x)
 
 
 def test_checkpointing_gives_the_same_bits():
@@ -182,7 +216,7 @@ def test_gates_drawn_inside_are_those_of_sample_gates():
     inputs = make_inputs(*MIDDLE, gates=None) | {"logits": torch.linspace(-2, 2, 6)}
 
     def inside(logits, **operands):
-        return gated_lora_linear(z=ConcreteSample(logits, 2**63 + 3, 5, 2, torch.tensor(0.5)), **operands)
+        return gated_lora_linear(z=ConcreteSample.of(logits, seed=2**63 + 3, step=5, site=2, temperature=0.5), **operands)
 
     def before(logits, **operands):
         z = sample_gates(logits[None], seed=2**63 + 3, step=5, temperature=0.5, first_site=2)[0]
@@ -195,7 +229,7 @@ def test_gates_drawn_inside_are_those_of_sample_gates():
 def test_triton_raises_where_it_cannot_run(monkeypatch):
     """An explicit request never falls back in silence."""
     inputs = make_inputs(*MIDDLE)
-    with pytest.raises(ValueError, match="no backend 'cuda'; there are 'torch' and 'triton'"):
+    with pytest.raises(ValueError, match="no backend 'cuda'; there are 'auto', 'torch', 'triton'"):
         gated_lora_linear(**inputs, backend="cuda")
     if find_spec("triton"):
         with pytest.raises(RuntimeError, match="needs a CUDA device, and x is on cpu"):
@@ -205,7 +239,7 @@ def test_triton_raises_where_it_cannot_run(monkeypatch):
         gated_lora_linear(**inputs, backend="triton")
 
 
-@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize("backend", [None, "auto", "torch"])
 def test_torch_is_the_default(backend):
     inputs = make_inputs(*MIDDLE)
     assert torch.equal(gated_lora_linear(**inputs, backend=backend), gated_lora_linear(**inputs))

@@ -11,7 +11,7 @@ configs = pytest.importorskip("cobra_kernels.gated_lora_configs")
 
 TILES = (16, 32, 64)
 FLOATS = ("sums_ptr", "g_ptr", "planes_ptr", "partial_ptr", "z_ptr", "temperature_ptr", "gate_ptr", "dz_ptr")
-TYPES = dict.fromkeys(FLOATS, "*fp32") | {"source_ptr": "*i32", "extent_ptr": "*i32", "scaling": "fp32"}
+TYPES = dict.fromkeys(FLOATS, "*fp32") | {"source_ptr": "*i32", "extent_ptr": "*i32", "draw_ptr": "*i32", "scaling": "fp32"}
 # strides that are 1 where rows are dense: of x and of the frozen weight, as the forward and as the backward reads it
 FORWARD, BACKWARD = ("stride_xk", "stride_wk"), ("stride_xk", "stride_wn")
 
@@ -30,11 +30,13 @@ def case(name, kernel, config, operands, dtype, arch, *, units=(), constants=(),
 def shrinks(arch):
     operands = ("x_ptr", "p_ptr", "h_ptr")
     for M, tile in product((16, 8192), TILES):
-        config = configs.pick_shrink_config(M, tile, True)
-        yield case("shrink", products._shrink_kernel, config, operands, "bf16", arch, units=("stride_xk",), slow=tile == 32)
+        config, skips = configs.pick_shrink_config(M, tile, True), M > 16 and tile != 32
+        flags = {"units": ("stride_xk",), "constants": {"SKIPS": skips}, "slow": tile == 32}
+        yield case("shrink", products._shrink_kernel, config, operands, "bf16", arch, **flags)
     for M, dtype in product((16, 8192), ("fp32", "fp16")):
         config = configs.pick_shrink_config(M, 16, False)
-        yield case("narrow-shrink", products._shrink_kernel, config, operands, dtype, arch, slow=dtype == "fp16")
+        flags = {"constants": {"SKIPS": M > 16}, "slow": dtype == "fp16"}
+        yield case("narrow-shrink", products._shrink_kernel, config, operands, dtype, arch, **flags)
 
 
 def bases(arch):
@@ -82,9 +84,8 @@ def ones(arch):
     small_config = configs.SmallConfig()
     shrink, base = configs.pick_shrink_config(1, 16, False), configs.pick_base_config(1, 1, 16, False, arch)
     tokens, rows = configs.pick_tokens_config(16, False, True, arch), configs.pick_rows_config(16)
-    yield case(
-        "one-shrink", products._shrink_kernel, shrink, ("x_ptr", "p_ptr", "h_ptr"), "fp32", arch, constants={"M": 1, "K": 1}
-    )
+    operands, constants = ("x_ptr", "p_ptr", "h_ptr"), {"M": 1, "K": 1, "SKIPS": True}
+    yield case("one-shrink", products._shrink_kernel, shrink, operands, "fp32", arch, constants=constants)
     operands, constants = ("x_ptr", "w_ptr", "h_ptr", "f_ptr", "bias_ptr", "y_ptr"), {"M": 1, "N": 1, "K": 1, "HAS_BIAS": True}
     yield case("one-base", products._base_kernel, base, operands, "fp32", arch, constants=constants)
     constants = {"M": 1, "N": 1, "CLOSED": 1, "WITH_G": True}

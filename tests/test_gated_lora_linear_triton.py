@@ -6,8 +6,10 @@ from importlib import import_module
 import pytest
 import torch
 from interpreter import interpreted_copy
+from models import Mlp, attached, layers_of, stir
+from torch.utils.checkpoint import checkpoint
 
-from cobra_kernels import ConcreteSample, gated_lora_linear, gated_lora_linear_ref, sample_gates
+from cobra_kernels import ConcreteSample, draw_words, gated_lora_linear, gated_lora_linear_ref, sample_gates
 from cobra_kernels import gated_lora_configs as configs
 from cobra_kernels.testing import assert_all_within_budget, make_inputs, output_and_gradients
 
@@ -38,6 +40,7 @@ def triton_path():
         patch.setattr("cobra_kernels.gated_lora_launch.products", interpreted_copy("gated_lora_linear_triton"))
         patch.setattr("cobra_kernels.gated_lora_launch.small", interpreted_copy("gated_lora_small_triton"))
         patch.setattr(import_module("cobra_kernels.gated_lora_linear"), "_check_triton", lambda *operands: None)
+        patch.setattr(configs, "pick_base_path", lambda *sizes: "fused")  # of layers this small, whatever is faster
         yield
 
 
@@ -106,7 +109,19 @@ def test_fp32_adapter_on_a_half_precision_layer(gates):
     } | {"y": torch.float16}
 
 
+@pytest.fixture(params=["fused", "addmm"])
+def base_path(request, monkeypatch):
+    monkeypatch.setattr(configs, "pick_base_path", lambda *sizes: request.param)
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_the_frozen_product_may_be_cublas(gates, monkeypatch):
+    monkeypatch.setattr(configs, "pick_base_path", lambda *sizes: "addmm")
+    assert_budget((20,), 32, 48, 40, gates=gates, dtype=torch.float16)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.usefixtures("base_path")
 @pytest.mark.parametrize("trained", [True, False], ids=["gate gets a gradient", "gate is fixed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_closed_reaches_nothing(dtype, trained):
@@ -133,13 +148,46 @@ def test_nothing_open_is_the_base_layer():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.usefixtures("base_path")
+@pytest.mark.parametrize("trained", [True, False], ids=["gates get a gradient", "gates are fixed"])
+def test_a_rank_that_is_closed_for_all_tokens_reaches_nothing(trained):
+    inputs = make((5,), 32, 48, 40, gates="token", dtype=torch.float16)
+    inputs["z"][:, 20:] = 0
+    inputs["lora_A"][20:], inputs["lora_B"][:, 20:] = float("nan"), float("inf")
+    fixed = {} if trained else {"z": inputs.pop("z")}
+    found = output_and_gradients(partial(fused, **fixed), inputs)
+    if trained:
+        dz = found.pop("dz")
+        assert dz[:, 20:].isnan().all() and dz[:, :20].isfinite().all()
+    assert all(t.isfinite().all() for t in found.values())
+    assert (found["dlora_A"][20:] == 0).all() and (found["dlora_B"][:, 20:] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_a_tokens_closed_gates_are_selected_away():
-    """Of h and of g; A itself is still multiplied into dx, because another token's gate may be open."""
+    """Of h and of g; A itself is still multiplied into dx, because another token's gate is open."""
     inputs = make((5,), 32, 48, 6, gates="token", dtype=torch.float16)
-    inputs["z"][:, 2] = 0
+    inputs["z"][1:, 2] = 0
     inputs["lora_A"][2] = float("nan")
     found = output_and_gradients(fused, inputs)
-    assert all(found[name].isfinite().all() for name in ("y", "dlora_A", "dlora_B"))
+    assert found["y"][1:].isfinite().all() and found["y"][0].isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_tiles_without_an_open_gate_are_not_read():
+    """The inputs of tokens that no fixed gate is open for reach no h, and their gradient is the frozen layer's."""
+    inputs = make((130,), 32, 48, 6, gates="token", dtype=torch.float16)
+    z = inputs.pop("z")
+    z[64:128] = 0  # a tile of tokens
+    open_tokens = torch.cat((torch.arange(64), torch.arange(128, 130)))
+    rest = {name: t[open_tokens] if name == "x" else t for name, t in inputs.items()}
+    inputs["x"][64:128] = float("nan")
+    found = fused(**inputs, z=z)
+    torch.testing.assert_close(found[open_tokens], fused(**rest, z=z[open_tokens]))
+    *_, gated, _, _, _ = torch.ops.cobra.gated_lora_forward_triton(
+        inputs["x"], inputs["weight"], None, inputs["lora_A"], inputs["lora_B"], z, None, None, 1.0, False
+    )
+    assert (gated[64:128, :16] == 0).all()  # the tile of open ranks
 
 
 @pytest.mark.parametrize("pattern", ["mixed", "open", "closed", "one open", "one closed"])
@@ -156,7 +204,7 @@ def test_open_ranks_come_first(r, dtype, pattern):
     }[pattern]
     inputs = make_inputs((1,), 16, 16, r, gates=None, bias=False, dtype=dtype)
     *_, source, extent = gated_lora_fused.forward(
-        **inputs, bias=None, gate=z, temperature=None, draw=(), scaling=1.0, keep_closed=True
+        **inputs, bias=None, gate=z, temperature=None, draw=None, scaling=1.0, keep_closed=True
     )
     tile, (open_end, end) = configs.pick_rank_tile(r, dtype == torch.float16), extent.tolist()
     is_open, closed = z.nonzero().flatten().tolist(), (z == 0).nonzero().flatten().tolist()
@@ -182,8 +230,8 @@ def test_sampled_gates_are_those_of_sample_gates(seed, step, site):
     """Bit for bit: every half of seed and step reaches the words."""
     inputs = make_inputs((1,), 8, 8, 70, gates=None)
     logits, temperature = torch.linspace(-6, 6, 70), torch.tensor(0.3)
-    sample = ConcreteSample(logits, seed, step, site, temperature)
-    operands = (inputs["x"], inputs["weight"], None, inputs["lora_A"], inputs["lora_B"], logits, temperature, sample.draw())
+    sample = ConcreteSample(logits, draw_words(seed, step, site), temperature)
+    operands = (inputs["x"], inputs["weight"], None, inputs["lora_A"], inputs["lora_B"], logits, temperature, sample.draw)
     z = torch.ops.cobra.gated_lora_forward_triton(*operands, 1.0, True)[3]
     expected = sample_gates(logits[None], seed=seed, step=step, temperature=temperature.item(), first_site=site)[0]
     assert torch.equal(z, expected)
@@ -199,7 +247,7 @@ def test_sampled_output_and_gradients_within_budget(dtype):
         several.append(inputs | {"logits": torch.linspace(-2, 2, 20)})
 
     def sampled(logits, **operands):
-        return fused(z=ConcreteSample(logits, 3, 5, 2, torch.tensor(0.5)), **operands)
+        return fused(z=ConcreteSample.of(logits, seed=3, step=5, site=2, temperature=0.5), **operands)
 
     def plain(logits, **operands):
         z = sample_gates(logits[None], seed=3, step=5, temperature=0.5, first_site=2)[0]
@@ -254,21 +302,65 @@ def test_autocast():
         torch.testing.assert_close(gradient.double(), expected[name], rtol=5e-3, atol=5e-3 * expected[name].abs().max().item())
 
 
-@pytest.mark.parametrize("gates", ["rank", "token", None])
+@pytest.mark.parametrize("gate", ["concrete", "straight_through", "open"])
+def test_an_adapter_trains_as_on_torch(gate):
+    """Loss and every gradient of a step, with gates drawn inside, as those of torch's path; evaluation too."""
+    results = []
+    for backend in ("torch", "triton"):
+        torch.manual_seed(0)
+        model, adapter = attached(Mlp, backend=backend, gate=gate, seed=2**40 + 3)
+        stir(adapter)
+        adapter.step()
+        drawn = [isinstance(layer.branch()[2], ConcreteSample) for layer in layers_of(adapter)]
+        assert drawn == [backend == "triton" and gate == "concrete"] * 2
+        loss = model(torch.linspace(-1, 1, 30).reshape(5, 6)).square().sum() + adapter.kl_loss()
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        results.append({"loss": loss.detach()} | gradients | {"mean": model.eval()(torch.ones(1, 6)).detach()})
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gates", ["rank", "token", "drawn", None])
 def test_opcheck(gates):
     """Schemas, and shapes, strides and dtypes of what the ops return."""
-    inputs = make((6,), 16, 32, 5, gates=gates, dtype=torch.float16)
-    small = (inputs["lora_A"], inputs["lora_B"], inputs.get("z"), None)
+    inputs = make((6,), 16, 32, 5, gates=None if gates == "drawn" else gates, dtype=torch.float16)
+    small, draw = (inputs["lora_A"], inputs["lora_B"], inputs.get("z"), None), None
+    if gates == "drawn":
+        small, draw = (*small[:2], torch.linspace(-2, 2, 5), torch.tensor(0.5)), draw_words(3, 5, 2)
     forward, backward = torch.ops.cobra.gated_lora_forward_triton, torch.ops.cobra.gated_lora_backward_triton
-    operands = (inputs["x"], inputs["weight"], inputs["bias"], *small, [], SCALING, True)
+    operands = (inputs["x"], inputs["weight"], inputs["bias"], *small, draw, SCALING, True)
     y, *saved = forward(*operands)
     torch.library.opcheck(forward.default, operands)
-    needs = [True, False, True, gates == "rank"]
+    needs = [True, False, True, gates in ("rank", "drawn")]
     torch.library.opcheck(backward.default, (y, inputs["x"], inputs["weight"], *small, *saved, SCALING, needs))
 
 
-def test_compiles_without_a_graph_break():
-    inputs = make((5,), 12, 16, 6)
-    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-    found, eager = (output_and_gradients(function, inputs) for function in (compiled, fused))
+@pytest.mark.parametrize("gates", ["rank", "token", "drawn"])
+def test_compiles_without_a_graph_break(gates):
+    """Forward and backward."""
+    function, inputs = with_gates(gates, (5,), 12, 16, 6)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    found, eager = (output_and_gradients(each, inputs) for each in (compiled, function))
     torch.testing.assert_close(found, eager)
+
+
+@pytest.mark.parametrize("gates", ["rank", "token", "drawn"])
+def test_checkpointing_gives_the_same_bits(gates):
+    function, inputs = with_gates(gates, (5,), 12, 16, 6)
+
+    def recomputed(**operands):
+        return checkpoint(function, use_reentrant=False, preserve_rng_state=False, **operands)
+
+    plain, twice = (output_and_gradients(each, inputs) for each in (function, recomputed))
+    assert all(torch.equal(plain[name], twice[name]) for name in plain)
+
+
+def with_gates(gates, *shape):
+    """A function of operands, and the operands: gates by rank, by token, or drawn from logits inside."""
+
+    def drawn(logits, **operands):
+        return fused(z=ConcreteSample(logits, draw_words(3, 5, 2), torch.tensor(0.5)), **operands)
+
+    if gates == "drawn":
+        return drawn, make(*shape, gates=None) | {"logits": torch.linspace(-2, 2, shape[-1])}
+    return fused, make(*shape, gates=gates)
