@@ -4,8 +4,8 @@
 
 Sites are described by addresses and strides in one table, csrc/merge_site.h; a tile finds its site by the first tile of each.
 Each 256 ranks are summed by themselves, as rounding errors grow with the length of a sum. Squares of a row of a tile are summed
-in fp32, those of rows and tiles in fp64, in a fixed order: same inputs, same bits. Interpreted, and compiled for sm_80 and sm_90;
-it has never run on a GPU.
+in fp32, those of rows and tiles in fp64, in a fixed order: same inputs, same bits. Interpreted, and compiled for sm_80
+and sm_90; never run on a GPU.
 """
 
 from collections.abc import Sequence

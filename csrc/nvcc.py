@@ -1,6 +1,7 @@
 """Compiles csrc/*.cu into one library and reads what ptxas says of each kernel. For setup.py: needs Python alone, and no GPU.
 
-Beside the library stands a report, _cuda.json, also where there is no library: then it says why.
+Beside the library stands a report, _cuda.json, also where there is no library: then it says why. `python csrc/nvcc.py` builds
+beside the package and prints the report as a table.
 """
 
 import hashlib
@@ -141,3 +142,22 @@ def _demangled(kernels: list[dict]) -> list[dict]:
         return kernels
     names = _run(["c++filt", "-p", *(row["name"] for row in kernels)]).splitlines()
     return [row | {"name": name.removeprefix("cobra::")} for row, name in zip(kernels, names, strict=True)]
+
+
+def table(report: dict) -> str:
+    """Markdown: a row for each kernel, with the registers of a thread on each architecture and its static shared memory."""
+    architectures = sorted({row["arch"] for row in report["kernels"]})
+    lines = ["| kernel | " + " | ".join(f"registers, {arch}" for arch in architectures) + " | static shared memory |"]
+    lines.append("| --- |" + " ---: |" * (len(architectures) + 1))
+    for name in dict.fromkeys(row["name"] for row in report["kernels"]):
+        rows = {row["arch"]: row for row in report["kernels"] if row["name"] == name}
+        numbers = [str(rows[arch]["registers"]) for arch in architectures]
+        lines.append(
+            f"| `{name.replace('cobra::', '')}` | {' | '.join(numbers)} | {max(r['shared'] for r in rows.values()):,} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    result = build(Path(__file__).parents[1] / "cobra_kernels")
+    print(table(result) if result["built"] else result["reason"])

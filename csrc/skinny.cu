@@ -113,8 +113,9 @@ constexpr size_t reduce_shared() {
   return (REDUCE_STAGES * REDUCE_TOKENS * (REDUCE_FEATURES + RANKS) + REDUCE_FEATURES * RANKS) * sizeof(uint16_t);
 }
 
-// an A100 gives a block 163 KB; with these, two blocks of either kernel share an H100's multiprocessor
-static_assert(shrink_shared<64>() == 65536 && reduce_shared<64>() == 114688, "shared memory of a block");
+// a block of an A100 has 163 KB, and two blocks of an H100 share 228 KB; docs/kernels.md has these numbers
+static_assert(shrink_shared<16>() == 40960 && shrink_shared<32>() == 49152 && shrink_shared<64>() == 65536, "as documented");
+static_assert(reduce_shared<16>() == 77824 && reduce_shared<32>() == 90112 && reduce_shared<64>() == 114688, "as documented");
 
 // g of 16 tokens and RANKS / 2 ranks of the warp: x matrix over the features in shared memory
 template <class Format, int RANKS>
