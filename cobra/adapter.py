@@ -20,8 +20,9 @@ from cobra.linear import CobraLinear
 from cobra.lora import LoraAdapter, LoraLayer
 from cobra.merge import Merge, MergeReport, check_merge_options, merge_layers, merge_layers_in_place, probe_outputs
 from cobra.plan import RankPlan, SitePlan, provenance, rank_cost
+from cobra.shared import SharedInputs
 from cobra.sites import Site, fingerprint
-from cobra_kernels import gate_kl, gate_kl_sampled, gate_noise
+from cobra_kernels import draw_words, gate_kl, gate_kl_sampled, gate_noise
 
 
 @dataclass(eq=False)
@@ -83,6 +84,7 @@ class Adapter:
         self.calibration = calibration
         self.base_fingerprint = fingerprint([site for group in groups for site in group.sites])
         self.current_step = 0
+        self.shared_inputs = SharedInputs()
         self.plan: RankPlan | None = None
         self._trainable_before = set(restore)
         self._dropped: list[Site] = []
@@ -155,6 +157,7 @@ class Adapter:
         Raises RuntimeError where ranks turn out to train apart: then no engine averages the gradients of these parameters.
         """
         self._check_attached()
+        self.shared_inputs.settle()
         self._steps_since_change += 1
         distributed.after_step(self.groups, self._steps_since_change, f"{self.base_fingerprint} {self.config}")
         if self._marks_at_cut is not None:
@@ -174,21 +177,20 @@ class Adapter:
 
     def _draw(self) -> None:
         """Noise and temperature of the current step, a pure function of (seed, step, group)."""
-        temperature = self.config.temperature_at(self.current_step)
-        noise = None
-        if self.config.samples and self.plan is None:
-            noise = gate_noise(len(self.groups), self.config.r_max, seed=self.config.seed, step=self.current_step)
-        for group in self.groups:
-            for layer in group.all_layers:
-                if noise is None:
-                    layer.gate_noise = None
-                    continue
-                drawn = noise[group.index, : layer.rank]
-                if layer.gate_noise is None:
-                    layer.gate_noise = drawn.to(layer.lora_gate, copy=True)
-                else:
-                    layer.gate_noise.copy_(drawn)
-                layer.gate_temperature.fill_(temperature)
+        layers = [(group.index, layer) for group in self.groups for layer in group.all_layers]
+        if not self.config.samples or self.plan is not None:
+            for _, layer in layers:
+                layer.gate_noise = layer.gate_draw = None
+            return
+        count, seed, step = len(self.groups), self.config.seed, self.current_step
+        words = draw_words(seed, step, 0).repeat(count, 1)
+        words[:, 4] = torch.arange(count, device="cpu")
+        temperature = torch.tensor(self.config.temperature_at(step), dtype=torch.float64, device="cpu").float()
+        drawn = gate_noise(count, self.config.r_max, seed=seed, step=step), words, temperature
+        copies = {device: [t.to(device) for t in drawn] for device in {layer.gate_temperature.device for _, layer in layers}}
+        for index, layer in layers:
+            noise, words, temperature = copies[layer.gate_temperature.device]
+            layer.take_draw(noise[index, : layer.rank], words[index], temperature)
 
     def expected_ranks(self) -> dict[str, float]:
         """Group -> Σ sigmoid(gate logits), the rank the posterior expects."""
@@ -275,6 +277,7 @@ class Adapter:
             shrink.forget(optimizer, removed)
         self.groups = [group for group, site in zip(self.groups, plan.sites, strict=True) if site.kept]
         self.plan = plan
+        self.shared_inputs.forget()
         self._marks_at_cut, self._steps_since_change = self._marks() if optimizer is None else None, 0
 
     def _marks(self) -> list[tuple[int, Tensor]]:

@@ -15,7 +15,7 @@ from cobra.linear import CobraLinear
 from cobra.lora import LoraAdapter, LoraLayer, check_layer
 from cobra.prior import fuse, prior_logits
 from cobra.scores import LayerScores
-from cobra.sites import Site, block_of, find_sites, fingerprint, task_heads
+from cobra.sites import Site, block_of, find_sites, fingerprint, is_quantised_linear, task_heads
 
 
 def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = None) -> Adapter:
@@ -37,6 +37,7 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
     members: dict[str, list[Site]] = {}
     for site in sites:
         members.setdefault(block_of(site.name) if config.granularity == "block" else site.name, []).append(site)
+    _check_backend(sites, config)
     ranks = [min(config.r_max, *(min(s.in_features, s.out_features) for s in group)) for group in members.values()]
     budget = Budget.of(config.rank_budget)
     trained_as = torch.promote_types(sites[0].weight.dtype, torch.float32)
@@ -106,6 +107,15 @@ def attach_lora(model: nn.Module, lora: LoraAdapter) -> Adapter:
 def _check_free(model: nn.Module) -> None:
     if any(isinstance(module, CobraLinear) for module in model.modules()):
         raise ValueError("an adapter is attached already; detach() or merge() it first")
+
+
+def _check_backend(sites: list[Site], config: CobraConfig) -> None:
+    quantised = [site.name for site in sites if is_quantised_linear(site.module)]
+    if config.backend == "triton" and quantised:
+        raise ValueError(
+            f"{quantised[0]}: backend='triton' reads the weight itself, and {len(quantised)} target layers are quantised; "
+            "set backend='auto', or target other layers"
+        )
 
 
 def _head(model: nn.Module, name: str, state: dict[str, torch.Tensor]) -> nn.Module:
@@ -274,7 +284,7 @@ def _attach_group(
             gate_logit=None if config.gate == "open" else prior,
             generator=_generator(config.seed, site.name),
         )
-        first.straight_through = config.gate == "straight_through"
+        first.straight_through, first.backend = config.gate == "straight_through", config.backend
         if site.name in starts:
             _start_from(first, starts[site.name])
         if layers:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from cobra.budget import Budget
+from cobra_kernels.backend import BACKENDS
 
 TargetModules = str | tuple[str, ...] | Callable[[str, nn.Module], bool]
 
@@ -24,6 +25,7 @@ CHOICES = {
     "kl_reduction": ("sum", "mean"),
     "anneal": ("exponential", "linear"),
     "fold": ("one", "mean"),
+    "backend": BACKENDS,
 }
 
 PRESETS = {
@@ -72,6 +74,8 @@ class CobraConfig:
     gate_lr_scale, lora_B_lr_scale: learning rates of the gate logits and of lora_B over that of lora_A
     dropout: on the adapter branch's input
     seed: of lora_A's initialisation and of every gate
+    backend: of every adapted layer. "auto" takes a path that has run on the hardware at hand; "triton" needs a CUDA device when
+        the model runs, and there raises where it cannot run (`cobra env` says what is active)
     """
 
     rank_budget: int | Budget
@@ -98,6 +102,7 @@ class CobraConfig:
     lora_B_lr_scale: float = 1.0
     dropout: float = 0.0
     seed: int = 0
+    backend: str = "auto"
 
     def __post_init__(self):
         for name in ("target_modules", "modules_to_save", "temperature"):
@@ -115,6 +120,11 @@ class CobraConfig:
         _require(_is_int(self.r_max) and 1 <= self.r_max <= 1024, f"r_max={self.r_max!r}", "an integer from 1 to 1024")
         _require(_is_int(self.seed) and 0 <= self.seed < 2**64, f"seed={self.seed!r}", "an integer from 0 to 2**64 - 1")
         _require(0 <= self.dropout < 1, f"dropout={self.dropout!r}", "at least 0 and below 1")
+        if self.backend == "triton" and self.dropout:
+            raise ValueError(
+                f"backend='triton' has one input for layer and branch, and dropout={self.dropout} makes two; "
+                "set dropout=0, or backend='auto'"
+            )
         _require(self.alpha is None or self.alpha > 0, f"alpha={self.alpha!r}", "greater than 0, or None")
         _require(self.beta >= 0, f"beta={self.beta!r}", "at least 0")
         _require(self.gate_lr_scale >= 0, f"gate_lr_scale={self.gate_lr_scale!r}", "at least 0")

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from cobra.distributed import whole
 from cobra.lora import LoraLayer
 from cobra.sites import is_conv1d, is_quantised_linear
-from cobra_kernels import concrete_gates, gated_lora_linear
+from cobra_kernels import ConcreteSample, GatedLora, concrete_gates, gated_lora_linear
+from cobra_kernels.backend import uses_triton
 
 if TYPE_CHECKING:
     from cobra.adapter import Adapter
@@ -31,9 +32,12 @@ class CobraLinear(nn.Linear):
 
     lora_A: (r, K), lora_B: (N, r), lora_gate: (r,) gate logits, or None for gates that are all open
 
-    and two buffers that are no part of the state: `gate_noise` (r,) and `gate_temperature` (), which `Adapter.step` draws
-    anew. In training mode z is the concrete sample of (lora_gate, gate_noise, gate_temperature), or sigmoid(lora_gate)
+    and buffers that are no part of the state and that `Adapter.step` draws anew: `gate_noise` (r,), `gate_draw` (5,), the words
+    that it is made of (`cobra_kernels.draw_words`), and `gate_temperature` (). In training mode z is the concrete sample of
+    (lora_gate, gate_noise, gate_temperature), or sigmoid(lora_gate)
     where there is no noise; in evaluation mode z is sigmoid(lora_gate).
+
+    backend: of `gated_lora_linear`; where that is Triton, the sample is drawn within the product, and no z is made
     """
 
     def __init__(self, linear: nn.Module, *, scaling: float, dropout: float):
@@ -47,6 +51,7 @@ class CobraLinear(nn.Linear):
         self.out_features, self.in_features = N, K
         self.scaling, self.dropout = scaling, dropout
         self.straight_through = False  # gates are rounded in the forward, and their gradient is the sample's
+        self.backend = "auto"
         self.cut: tuple[Tensor, Tensor] | None = None
         self.adapter: Adapter | None = None  # the handle this layer belongs to
         # nn.TransformerEncoderLayer's fast path reads weights and calls no module, unless one of them has a hook
@@ -102,13 +107,14 @@ class CobraLinear(nn.Linear):
         """The adapted form of a module that computes with the same weight as `other`: one adapter, two biases."""
         layer = cls(linear, scaling=other.scaling, dropout=other.dropout)
         layer.lora_A, layer.lora_B, layer.lora_gate = other.lora_A, other.lora_B, other.lora_gate
-        layer.straight_through = other.straight_through
+        layer.straight_through, layer.backend = other.straight_through, other.backend
         layer._add_gate_buffers()
         return layer
 
     def _add_gate_buffers(self) -> None:
         device = self.weight.device
         self.register_buffer("gate_noise", None, persistent=False)
+        self.register_buffer("gate_draw", None, persistent=False)
         self.register_buffer("gate_temperature", torch.ones((), device=device), persistent=False)
 
     def folded(self) -> tuple[Tensor, Tensor]:
@@ -134,12 +140,36 @@ class CobraLinear(nn.Linear):
             return z + ((z > 0.5).to(z.dtype) - z).detach() if self.straight_through else z
         return torch.sigmoid(self.lora_gate)
 
-    def branch(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    @torch.no_grad()
+    def take_draw(self, noise: Tensor, draw: Tensor, temperature: Tensor) -> None:
+        """The noise (r,) of a step, the words (5,) that it is made of, and the temperature ()."""
+        if self.gate_noise is None:
+            self.gate_noise, self.gate_draw = noise.to(self.lora_gate, copy=True), draw.clone()
+        else:
+            self.gate_noise.copy_(noise)
+            self.gate_draw.copy_(draw)
+        self.gate_temperature.copy_(temperature)
+
+    def _draws_inside(self) -> bool:
+        sampled = self.training and self.gate_draw is not None and not self.straight_through
+        return sampled and uses_triton(self.backend, self.weight)
+
+    def branch(self) -> tuple[Tensor, Tensor, Tensor | ConcreteSample | None]:
         """lora_A, lora_B and z as this mode uses them."""
         if self.cut is None:
-            return self.lora_A, self.lora_B, self.gates()
+            drawn = self._draws_inside()
+            z = ConcreteSample(self.lora_gate, self.gate_draw, self.gate_temperature) if drawn else self.gates()
+            return self.lora_A, self.lora_B, z
         kept, factors = self.cut
         return self.lora_A[kept], self.lora_B[:, kept] * factors, None
+
+    def joins_others(self) -> bool:
+        """Whether the forward is `gated_lora_linear` on torch's path, which computes several layers of one input together."""
+        dropped = self.training and self.dropout
+        return not (dropped or self.quantised_base is not None or self.cut or uses_triton(self.backend, self.weight))
+
+    def operands(self) -> GatedLora:
+        return GatedLora(self.linear_weight, self.lora_A, self.lora_B, self.gates(), self.scaling, self.bias)
 
     @contextmanager
     def cut_to(self, kept: Tensor, factors: Tensor) -> Iterator[None]:
@@ -152,10 +182,18 @@ class CobraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> y (..., N)"""
+        if self.adapter is not None and self.cut is None and not torch.compiler.is_compiling():
+            y = self.adapter.shared_inputs.output(self, x)
+            if y is not None:
+                return y
         lora_A, lora_B, z = self.branch()
         dropout = self.dropout if self.training else 0.0
         if not dropout and self.quantised_base is None:
-            return gated_lora_linear(x, self.linear_weight, lora_A, lora_B, z, scaling=self.scaling, bias=self.bias)
+            options = {"scaling": self.scaling, "bias": self.bias, "backend": self.backend}
+            return gated_lora_linear(x, self.linear_weight, lora_A, lora_B, z, **options)
+        if self.backend == "triton":
+            what = "a quantised weight" if self.quantised_base is not None else f"dropout={dropout}"
+            raise RuntimeError(f"backend='triton' has no kernel for {what}; use backend='auto' for this layer")
         h = F.linear(F.dropout(x, dropout) if dropout else x, lora_A.to(x.dtype))
         h = h if z is None else h * z.to(h.dtype)
         return self._base(x) + self.scaling * F.linear(h, lora_B.to(h.dtype))

@@ -26,7 +26,7 @@ def shrink_layers(layers: list[CobraLinear], site: SitePlan, fold: str, optimize
     lora_B = _cut(first.lora_B, 1, kept, factors, optimizer)
     for layer in layers:
         layer.lora_A, layer.lora_B = lora_A, lora_B
-        layer.lora_gate = layer.gate_noise = None
+        layer.lora_gate = layer.gate_noise = layer.gate_draw = None
 
 
 def forget(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:

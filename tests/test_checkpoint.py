@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Mlp, gpt2, image_batch, logits_of, stir, token_batch, train, vit
+from models import Mlp, attached, gpt2, image_batch, logits_of, stir, token_batch, train, vit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -176,6 +176,11 @@ def test_another_config_is_named(field, value, tmp_path):
     with pytest.raises(ValueError, match=message):
         other.load(tmp_path / "run.cobra")
     assert_same_bits(copied(other.adapter), before)
+
+
+def test_another_backend_computes_the_same_run(tmp_path):
+    attached(vit)[1].save_checkpoint(tmp_path / "run.cobra")
+    attached(vit, backend="torch")[1].load_checkpoint(tmp_path / "run.cobra")
 
 
 def test_another_model_is_refused(tmp_path):

@@ -25,6 +25,10 @@ from cobra.config import CHOICES
         ({"temperature": (0.1, 1.0)}, "first >= last > 0"),
         ({"temperature": (1.0, 0.0)}, "first >= last > 0"),
         ({"total_steps": 0}, "total_steps=0: expected an integer greater than 0"),
+        (
+            {"backend": "triton", "dropout": 0.1},
+            "backend='triton' has one input for layer and branch, and dropout=0.1 makes two",
+        ),
         ({"total_steps": None}, "gate='concrete' anneals its temperature: pass total_steps"),
         *(({name: "no"}, f"{name}='no' is not one of {choices[0]!r}, ") for name, choices in CHOICES.items()),
     ],

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import cobra
 from cobra import CobraLinear
+from cobra_kernels import ConcreteSample
 
 BATCH = image_batch()
 
@@ -79,6 +80,43 @@ def test_a_layer_holds_no_more_ranks_than_its_smaller_side(rank):
         CobraLinear.from_linear(nn.Linear(7, 5), rank)
     adapter = cobra.attach(Mlp(hidden=2), cobra.CobraConfig(rank_budget=4, r_max=16, gate="mean"))
     assert [group.rank for group in adapter.groups] == [2, 2]
+
+
+# backends
+
+
+def mlp():
+    torch.manual_seed(0)
+    return Mlp()
+
+
+def test_an_explicit_backend_never_falls_back():
+    """What has no Triton kernel says so: the device, dropout, a quantised weight."""
+    model, _ = attached(mlp, backend="triton")
+    with pytest.raises(RuntimeError, match=r"backend='triton' needs (a CUDA device, and x is on cpu|the package triton)"):
+        model(torch.randn(3, 6))
+    layer = CobraLinear.from_linear(nn.Linear(6, 5), 3, dropout=0.5)
+    layer.backend = "triton"
+    with pytest.raises(RuntimeError, match=r"backend='triton' has no kernel for dropout=0\.5; use backend='auto'"):
+        layer(torch.randn(3, 6))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_backends_of_a_cpu_are_one(backend):
+    found, expected = (attached(mlp, **options)[0](torch.ones(3, 6)) for options in ({"backend": backend}, {}))
+    assert torch.equal(found, expected)
+
+
+def test_words_of_a_step_draw_its_noise():
+    """What a kernel draws from is what the layer's noise was made of, at every step and in every group."""
+    model, adapter = attached(mlp, seed=2**40 + 3)
+    for _ in range(3):
+        for layer in layers_of(adapter):
+            sample = ConcreteSample(layer.lora_gate, layer.gate_draw, layer.gate_temperature)
+            assert torch.equal(sample.gates(), layer.gates())
+        adapter.step()
+    assert len({tuple(layer.gate_draw.tolist()) for layer in layers_of(adapter)}) == len(layers_of(adapter)) == 2
+    assert not any("gate_draw" in name for name in model.state_dict())
 
 
 # precision

@@ -9,6 +9,7 @@ import torch
 
 import cobra
 from cobra_kernels import cuda_extension, extension
+from cobra_kernels.backend import describe_triton, triton_operations
 
 LIBRARIES = ("numpy", "safetensors", "triton", "transformers", "peft", "trl", "accelerate", "captum", "matplotlib")
 
@@ -29,9 +30,7 @@ def describe() -> dict[str, str]:
         if built
         else "not built: torch does its work, slower (no C++ compiler at install?)"
     )
-    facts["Triton kernels"] = (
-        "packed_lora, gated_lora_linear: off by default, compiled and interpreted, never run on a GPU (backend='triton')"
-    )
+    facts["Triton kernels"] = f"{', '.join(triton_operations())}: {describe_triton()}"
     facts["CUDA kernels"] = _cuda_kernels()
     return facts
 
