@@ -1,109 +1,187 @@
 """python -m bench.gpu: what only a CUDA device can tell, in one run of at most nine minutes that needs no network.
 
-Builds the C++ extension, runs the tests for a device, sweeps the candidate tiles of the Triton kernels, times single layers of
-LLaMA-7B, and writes bench/results/<device>/: environment.json, tests.json, configs.json (the tuned table) and
-gated_lora_linear.json.
-Each part has its share of the time, and says what it left out. The exit status is 1 where a test or a validation failed.
+Builds what is compiled, then runs in turn what it finds by name: the tests of devices (tests/test_*_gpu.py), those of CUDA
+kernels once more under compute-sanitizer, the sweeps of candidate tiles (bench/sweep_*.py) and the cases for a device
+(`run_on_cuda` in bench/*.py). Each is a process of its own with its share of the time, so that what fails or hangs takes
+nothing else along. The records are bench/results/<device>/*.json, and configs.json there is the tuned table. A second run goes
+on where the first one stopped. The exit status is 1 where something failed or had no time.
+
+--device cpu: a dry run on a machine without a GPU; what needs one says so and is skipped
+--fresh: runs everything again, also what has passed on this very code
+--seconds N: another limit than 510
+--only TEXT: the parts whose name has it
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
+import os
 import platform
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
+from bench.gpu_part import write_json
 
 ROOT = Path(__file__).parents[1]
-TESTS_END, SWEEP_END, LAYERS_END = 210, 360, 510  # seconds from the start
-NEEDED = ("triton", "pytest", "numpy", "safetensors", "peft", "transformers")
+LIMIT = 510  # seconds
+NEEDED = ("torch", "triton", "pytest", "numpy", "safetensors")
+SOURCES = ("cobra_kernels/*.py", "csrc/*", "bench/*.py", "tests/*_gpu.py", "setup.py")
+ENDS = {"build": 0.12, "tests": 0.4, "sanitizer": 0.46, "sweep": 0.7, "benchmark": 1.0}  # of each kind, as shares of the limit
 
 
-def main() -> int:
+@dataclass(frozen=True)
+class Part:
+    """A process with its own record.
+
+    kind: one of ENDS
+    command: without the record's path and the seconds, which the runner's own children take as their last arguments
+    """
+
+    kind: str
+    name: str
+    command: tuple[str, ...]
+    measures: bool = False
+
+    @property
+    def record(self) -> str:
+        return f"{self.kind}-{self.name}.json"
+
+
+def main(arguments: list[str], root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser("bench.gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--seconds", type=float, default=LIMIT)
+    parser.add_argument("--only", default="")
+    options = parser.parse_args(arguments)
     start = time.monotonic()
-    _refuse_without_device()
-    folder = ROOT / "bench" / "results" / torch.cuda.get_device_name().lower().replace(" ", "-")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "environment.json", environment() | {"extension": build()})
-    tests = run_tests(start + TESTS_END)
-    _write(folder / "tests.json", tests)
-    print(tests["output"][-1] if tests["output"] else tests["status"])
+    facts = environment(options.device)
+    folder = root / "bench" / "results" / facts["device"].lower().replace(" ", "-")
+    write_json(folder / "environment.json", facts)
+    code = code_of(root, facts)
+    states = {}
+    chosen = [part for part in parts(root, options.device) if options.only in f"{part.kind}-{part.name}"]
+    for i, part in enumerate(chosen):
+        rest = sum(other.kind == part.kind for other in chosen[i:])
+        end = start + ENDS[part.kind] * options.seconds
+        states[part.record] = run(part, folder, code, max(5.0, (end - time.monotonic()) / rest), root, options.fresh)
+        print(f"{part.kind:<10} {part.name:<32} {states[part.record]}", flush=True)
+    write_json(folder / "configs.json", tuned(folder))
+    bad = [name for name, state in states.items() if state not in ("passed", "skipped")]
+    print(f"{len(states) - len(bad)} of {len(states)} parts done, {time.monotonic() - start:.0f} s, written to {folder}")
+    return int(bool(bad))
 
-    from bench.sweep_gated_lora_linear import fastest, sweep
 
-    rows = sweep(start + SWEEP_END)
-    _write(folder / "configs.json", {"fastest": fastest(rows), "candidates": rows})
-    layers = time_layers(start + LAYERS_END)
-    _write(folder / "gated_lora_linear.json", layers)
-    print(f"written to {folder} after {time.monotonic() - start:.0f} s; {len(layers['left_out'])} layers had no time")
-    return int(tests["status"] != "passed" or bool(layers["failed"]))
-
-
-def _refuse_without_device() -> None:
-    missing = [name for name in NEEDED if find_spec(name) is None]
+def environment(device: str) -> dict:
+    """Facts of the machine. Exits where it cannot do what is asked for."""
+    missing = [name for name in NEEDED if find_spec(name) is None and not (device == "cpu" and name == "triton")]
     if missing:
         sys.exit(f"make gpu needs {', '.join(missing)}, which this Python lacks: {sys.executable}; name another with PYTHON=…")
-    if not torch.cuda.is_available():
-        sys.exit(f"make gpu needs a CUDA device, and torch {torch.__version__} sees none; `make bench` is for the CPU")
+    import torch
 
-
-def environment() -> dict:
-    import triton
-
-    return {
+    facts = {
         "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name(),
-        "capability": torch.cuda.get_device_capability(),
+        "device": "cpu",
         "python": platform.python_version(),
         "torch": torch.__version__,
+    }
+    if device == "cpu":
+        return facts
+    if not torch.cuda.is_available():
+        sys.exit(f"make gpu needs a CUDA device, and torch {torch.__version__} sees none; --device cpu is a dry run")
+    import triton
+
+    return facts | {
+        "device": torch.cuda.get_device_name(),
+        "capability": torch.cuda.get_device_capability(),
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
     }
 
 
-def build() -> str:
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
-    return "built" if done.returncode == 0 else done.stderr[-500:]
+def code_of(root: Path, facts: dict) -> str:
+    """Of what a record tells: the sources and the versions below them."""
+    found = hashlib.sha256(json.dumps([facts[k] for k in sorted(facts) if k != "date"]).encode())
+    for path in sorted(path for pattern in SOURCES for path in root.glob(pattern) if path.is_file()):
+        found.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
-def run_tests(deadline: float) -> dict:
-    """The files of tests that are for a device alone, so that nothing else is imported."""
-    files = sorted(str(path) for path in (ROOT / "tests").glob("test_*_gpu.py"))
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
+def parts(root: Path, device: str) -> Iterator[Part]:
+    """In the order to run them, the files of each kind by name."""
+    if (root / "setup.py").is_file():
+        yield Part("build", "extensions", (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"))
+    pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
+    tests = [path for path in sorted(root.glob("tests/test_*_gpu.py")) if "pytest.mark.gpu" in path.read_text()]
+    for path in tests:
+        yield Part("tests", path.stem.removeprefix("test_").removesuffix("_gpu"), (*pytest, str(path)))
+    sanitizer = shutil.which("compute-sanitizer")
+    checked = [str(path) for path in tests if '"cuda"' in path.read_text()]
+    if sanitizer and checked and device == "cuda":
+        command = (sanitizer, "--error-exitcode", "9", *pytest, "-k", "cuda and not triton", *checked)
+        yield Part("sanitizer", "cuda-kernels", command)
+    child = (sys.executable, "-m", "bench.gpu_part", device)
+    for path in sorted(root.glob("bench/sweep_*.py")):
+        yield Part("sweep", path.stem.removeprefix("sweep_"), (*child, str(path)), measures=True)
+    for path in sorted(root.glob("bench/*.py")):
+        if "\ndef run_on_cuda(" in path.read_text():
+            yield Part("benchmark", path.stem.removeprefix("cuda_"), (*child, str(path)), measures=True)
+
+
+def run(part: Part, folder: Path, code: str, seconds: float, root: Path, fresh: bool) -> str:
+    """Runs a part, or finds that it has passed on this code, and returns its state."""
+    path = folder / part.record
+    record = {} if fresh or not path.is_file() else json.loads(path.read_text())
+    if record.get("code") == code and record["state"] in ("passed", "skipped"):
+        return record["state"]
+    if part.measures:
+        known = record if record.get("code") == code else {"code": code, "rows": []}
+        write_json(path, known | {"state": "stopped"})
+    start = time.monotonic()
+    last = (str(path), str(max(1.0, seconds - 3))) if part.measures else ()
+    status, output = _finish([*part.command, *last], seconds, root)
+    state = "out of time" if status is None else _state(part, status)
+    record = json.loads(path.read_text()) if part.measures else {"code": code}
+    if not part.measures or state != "passed":
+        record["state"] = state
+    record |= {"status": status, "seconds": round(time.monotonic() - start, 1), "output": output.splitlines()[-40:]}
+    write_json(path, record)
+    return record["state"]
+
+
+def _state(part: Part, status: int) -> str:
+    if part.kind in ("tests", "sanitizer") and status == 5:  # pytest found no test that is for a device
+        return "skipped"
+    return "passed" if status == 0 else "failed"
+
+
+def _finish(command: list[str], seconds: float, root: Path) -> tuple[int | None, str]:
+    """Exit status, None after the time, and what was printed; no child of the process is left."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(root), str(ROOT)))}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    process = subprocess.Popen(command, cwd=root, env=environment, start_new_session=True, **pipes)
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=deadline - time.monotonic())
-    except subprocess.TimeoutExpired as expired:
-        return {"status": "out of time", "output": (expired.stdout or b"").decode().splitlines()[-40:]}
-    return {"status": "failed" if done.returncode else "passed", "output": done.stdout.splitlines()[-40:]}
+        output, _ = process.communicate(timeout=seconds)
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return None, process.communicate()[0]
 
 
-def time_layers(deadline: float) -> dict:
-    from bench.bench_gated_lora_linear import cuda_cases, run_on_cuda
-
-    rows, failed, left_out = [], {}, []
-    for case in cuda_cases():
-        if time.monotonic() > deadline:
-            left_out.append(str(case))
-            continue
-        try:
-            comparisons = run_on_cuda(case)
-        except Exception as error:  # one layer's failure is a finding, and the others are still worth their time
-            failed[str(case)] = f"{type(error).__name__}: {error}"[:500]
-            continue
-        for comparison in comparisons:
-            rows += comparison.rows()
-            print(comparison.work, *(f"{row['name']} {row['ratio']:.3f}x" for row in comparison.rows()), sep="; ", flush=True)
-    return {"rows": rows, "failed": failed, "left_out": left_out}
-
-
-def _write(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def tuned(folder: Path) -> dict:
+    """The fastest candidates of every sweep, by operation."""
+    records = {path: json.loads(path.read_text()) for path in sorted(folder.glob("sweep-*.json"))}
+    return {path.stem.removeprefix("sweep-"): record.get("fastest", []) for path, record in records.items()}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

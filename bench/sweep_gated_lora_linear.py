@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 import torch
@@ -13,29 +13,32 @@ from bench.cuda import compare_on_cuda
 from cobra_kernels import gated_lora_configs as configs
 from cobra_kernels import gated_lora_launch as launch
 
+NEEDS_CUDA = True
 SIZES = ((8192, 4096, 4096), (1024, 4096, 4096), (8192, 4096, 11008))  # M, K, N
 TILES = (16, 64)
 
 
-def sweep(deadline: float) -> list[dict]:
-    """A row for each product, size and candidate, until time.monotonic() is past the deadline; what cannot run has no time."""
-    rows = []
+def sweep(deadline: float, known: Sequence[dict] = ()) -> list[dict]:
+    """A row for each product, size and candidate, until time.monotonic() is past the deadline; what cannot run has no time.
+
+    known: rows of a run that was stopped, which are not measured again
+    """
+    rows = list(known)
+    done = [_key(row) for row in known]
     for (M, K, N), tile in product(SIZES, TILES):
         for kernel, run, candidates in _products(M, K, N, tile):
             for place, config in enumerate(dict.fromkeys(candidates)):
+                row = {"kernel": kernel, "M": M, "K": K, "N": N, "rank_tile": tile, "config": vars(config)}
+                if _key(row) in done:
+                    continue
                 if time.monotonic() > deadline:
                     return rows
-                row = {
-                    "kernel": kernel,
-                    "M": M,
-                    "K": K,
-                    "N": N,
-                    "rank_tile": tile,
-                    "picked": place == 0,
-                    "config": vars(config),
-                }
-                rows.append(row | _timed(run, config, candidates[0]))
+                rows.append(row | {"picked": place == 0} | _timed(run, config, candidates[0]))
     return rows
+
+
+def _key(row: dict) -> dict:
+    return {key: row[key] for key in ("kernel", "M", "K", "N", "rank_tile", "config")}
 
 
 def fastest(rows: list[dict]) -> list[dict]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cobra_kernels import gated_lora_linear, gated_lora_linear_ref, sample_gates
-from cobra_kernels.gated_lora_linear import ConcreteSample
+import cobra
+from cobra_kernels import ConcreteSample, gated_lora_configs, gated_lora_linear, gated_lora_linear_ref, sample_gates
 from cobra_kernels.testing import assert_all_within_budget, make_inputs, output_and_gradients
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -44,6 +44,13 @@ def test_output_and_every_gradient_within_budget(shape, gates, dtype):
     assert_all_within_budget(fused, ref, [make(*shape, gates=gates, dtype=dtype, seed=seed) for seed in range(2)], dtype)
 
 
+@pytest.mark.parametrize("path", ["fused", "addmm"])
+@pytest.mark.parametrize("gates", ["rank", "token", "closed", None])
+def test_either_way_of_the_frozen_product(gates, path, monkeypatch):
+    monkeypatch.setattr(gated_lora_configs, "pick_base_path", lambda *sizes: path)
+    assert_all_within_budget(fused, ref, [make((300,), 256, 512, 100, gates=gates, dtype=torch.bfloat16)], torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["slices", "transposed"])
 def test_strided_operands(layout, dtype):
@@ -72,8 +79,8 @@ def test_sampled_gates_are_the_cpus(step):
     logits = torch.linspace(-8, 8, 1000)
     x, weight = torch.zeros(1, 16, device="cuda"), torch.zeros(16, 16, device="cuda")
     small = torch.zeros(1000, 16, device="cuda"), torch.zeros(16, 1000, device="cuda")
-    sample = ConcreteSample(logits.cuda(), 2**63 + 11, step, 7, torch.tensor(0.3, device="cuda"))
-    operands = (x, weight, None, *small, sample.logits, sample.temperature, sample.draw(), 1.0, True)
+    sample = ConcreteSample.of(logits.cuda(), seed=2**63 + 11, step=step, site=7, temperature=0.3)
+    operands = (x, weight, None, *small, sample.logits, sample.temperature, sample.draw, 1.0, True)
     z = torch.ops.cobra.gated_lora_forward_triton(*operands)[3]
     expected = sample_gates(logits[None], seed=2**63 + 11, step=step, temperature=torch.tensor(0.3).item(), first_site=7)[0]
     assert torch.equal(z.cpu(), expected)
@@ -129,6 +136,23 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     found, eager = (output_and_gradients(function, inputs) for function in (compiled, fused))
     torch.testing.assert_close(found, eager)
+
+
+def test_an_adapter_trains_as_on_torch():
+    """A step's loss and gradients with gates that are drawn inside the products."""
+    results = []
+    for backend in ("torch", "triton"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 32)).cuda()
+        config = cobra.CobraConfig(rank_budget=8, r_max=20, total_steps=10, backend=backend, modules_to_save=())
+        adapter = cobra.attach(model, config)
+        for p in (p for p in model.parameters() if p.requires_grad):
+            torch.nn.init.normal_(p, std=0.1)
+        adapter.step()
+        loss = model(torch.linspace(-1, 1, 50 * 64, device="cuda").reshape(50, 64)).square().sum() + adapter.kl_loss()
+        loss.backward()
+        results.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad} | {"loss": loss.detach()})
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
 def test_silent_branch_is_the_base_layer():
