@@ -29,7 +29,8 @@ def row(
     """level: expected accuracy, or scale of the losses. The examples' difficulty is the task's, whatever the method."""
     made = Recipe(phase, task, method, rank, lr, seed, **recipe)
     if diverged:
-        return {"key": made.key, "phase": phase, "config": made.to_dict(), "diverged": "the loss of step 7 is nan"}
+        found = {"phase": phase, "kind": KINDS[task], "config": made.to_dict()}
+        return {"key": made.key, **found, "diverged": "the loss of step 7 is nan"}
     kind = KINDS[task]
     hard = np.random.default_rng(zlib.crc32(task.encode())).uniform(size=examples)
     drawn = np.random.default_rng(zlib.crc32(f"{task} {method} {rank} {seed} {lr}".encode())).uniform(size=examples)

@@ -8,7 +8,10 @@ from accuracy_models import reviews, tiny
 
 from bench.accuracy import grid, rows
 from bench.accuracy import run as runs
+from bench.accuracy.cells import METRIC, higher_is_better
 from bench.accuracy.methods import METHODS
+from bench.accuracy.recipe import PHASES
+from bench.accuracy.tasks import kind_of
 
 
 def searched(best: dict[str, float]) -> list[dict]:
@@ -17,13 +20,17 @@ def searched(best: dict[str, float]) -> list[dict]:
         {
             **{name: recipe.to_dict()[name] for name in ("phase", "task", "model", "method", "average_rank", "seed")},
             "key": recipe.key,
-            "kind": "classification",
+            "kind": kind_of(recipe.task),
             "config": recipe.to_dict(),
-            "validation": {"accuracy": 0.8 if recipe.lr == best[recipe.method] else 0.7},
+            "validation": _validation(kind_of(recipe.task), recipe.lr == best[recipe.method]),
             "test": None,
         }
         for recipe in grid.search()
     ]
+
+
+def _validation(kind: str, best: bool) -> dict[str, float]:
+    return {METRIC[kind]: 0.8 if best == higher_is_better(kind) else 0.7}
 
 
 BEST = dict(zip(grid.METHODS, cycle(grid.RATES), strict=False))
@@ -37,29 +44,35 @@ def finals(monkeypatch):
 
 def test_final_runs_share_no_sample_with_the_search(finals):
     """Settings were chosen on seeds of which no final run is."""
-    chosen_on = {recipe.seed for phase in (grid.search, grid.factor) for recipe in phase()}
+    chosen_on = {recipe.seed for phase in (grid.search, grid.factor, grid.ablation) for recipe in phase()}
     assert grid.SEARCH_SEED in chosen_on
     assert finals and not chosen_on & {recipe.seed for recipe in finals}
 
 
 def test_every_run_is_planned_once(finals):
-    planned = [*grid.search(), *grid.factor(), *finals]
+    planned = [*grid.search(), *grid.factor(), *grid.ablation(), *finals]
     assert len({recipe.key for recipe in planned}) == len(planned)
-    assert {recipe.phase for recipe in planned} == {"search", "factor", "final"}
+    assert {recipe.phase for recipe in planned} == set(PHASES)
     assert {recipe.method for recipe in planned} <= set(METHODS)
 
 
 def test_methods_are_searched_and_tested_alike(finals):
-    """At least the same rates on the same tasks; the same cells for all peers; the rate that the search found."""
+    """At least the same rates on the same tasks; the same cells for all peers; the rate that the search found for the kind."""
+    wide = [recipe for recipe in finals if recipe.average_rank != grid.TIGHT]
     for method in grid.METHODS:
         tried = {(recipe.task, recipe.lr) for recipe in grid.search() if recipe.method == method}
         assert tried >= {(task, rate) for task in grid.SEARCH_TASKS for rate in grid.RATES}
-        assert {recipe.lr for recipe in finals if recipe.method == method} == {BEST[method]}
-        assert {recipe.settings for recipe in finals if recipe.method == method} == {
-            recipe.settings for recipe in grid.search() if recipe.method == method
-        }
-    cells = [{(recipe.task, recipe.average_rank, recipe.seed) for recipe in finals if recipe.method == m} for m in grid.PEERS]
+        mine = [recipe for recipe in wide if recipe.method == method]
+        assert {recipe.lr for recipe in mine if kind_of(recipe.task) == "classification"} == {BEST[method]}
+        assert {recipe.settings for recipe in mine} == {r.settings for r in grid.search() if r.method == method}
+    cells = [{(recipe.task, recipe.average_rank, recipe.seed) for recipe in wide if recipe.method == m} for m in grid.PEERS]
     assert all(found == cells[0] for found in cells)
+
+
+def test_a_kind_without_a_finished_search_is_not_tested_at_another_kinds_rate(monkeypatch):
+    only = [row for row in searched(BEST) if row["kind"] == "classification"]
+    monkeypatch.setattr(grid, "read_rows", lambda: only)
+    assert {kind_of(recipe.task) for recipe in grid.final()} == {"classification"}
 
 
 @pytest.fixture
@@ -79,7 +92,8 @@ def test_runs_are_stored_once_and_divergence_with_them(folders, monkeypatch, cap
     good, bad = grid.read_rows()
     assert good["key"] == folders[0].key and good["validation"]["accuracy"] > 0
     assert bad.pop("diverged").startswith("lora on rt, lr 1e+30: the loss of step 2 is ")
-    assert bad == {"key": folders[1].key, "phase": "search", "config": folders[1].to_dict()}
+    found = {"phase": "search", "kind": "classification", "config": folders[1].to_dict()}
+    assert bad == {"key": folders[1].key, **found}
     assert "2 of 2 rows of phase search are there" in capsys.readouterr().out
     monkeypatch.setattr(grid, "run", lambda recipe, data: pytest.fail(f"{recipe.key} ran again"))
     grid.work("search", minutes=5, data=None)

@@ -7,7 +7,7 @@ import torch
 from accuracy_models import encoded, started, tiny
 
 import cobra
-from bench.accuracy.grid import SETTINGS
+from bench.accuracy.grid import FEW_LAYERS, SETTINGS, TIGHT
 from bench.accuracy.methods import METHODS, Attached, attach, budget_parameters, needs_scores
 from bench.accuracy.recipe import Recipe
 from bench.accuracy.run import _train
@@ -82,5 +82,13 @@ def test_paper_is_the_published_form_whatever_the_defaults_are():
 def test_unknown_methods_and_broken_ranks_are_refused():
     with pytest.raises(ValueError, match=f"method='qlora' is not one of {', '.join(METHODS)}"):
         attached(recipe_of("qlora"))
-    with pytest.raises(ValueError, match=r"average_rank=2\.5: lora has one whole rank for every layer"):
+    with pytest.raises(ValueError, match=r"average_rank=2\.5: lora has one whole rank for every layer of its own, not 2\.5"):
         attached(recipe_of("lora", rank=2.5))
+
+
+def test_few_layers_have_the_budget_that_they_are_named_after():
+    """LoRA of rank 1 on queries and values, and the others at its parameters on layers of their choice."""
+    found = {name: attached(recipe_of(name, rank=TIGHT, settings=tuple(own.items()))) for name, own in FEW_LAYERS.items()}
+    lora = found["lora"].ranks()
+    assert set(lora.values()) == {1} and len(lora) == 12 and all(name.endswith(("query", "value")) for name in lora)
+    assert {method.parameters() for method in (found["lora"], found["random"])} == {12 * 768}

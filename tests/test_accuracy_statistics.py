@@ -158,9 +158,10 @@ def test_one_choice_for_all_tasks():
     assert [c.shortfall for c in tried] == pytest.approx([0.05, 0.05, 0.15])
 
 
-def test_losses_count_relative():
-    rows = search(hyper=[0.80, 0.79, 0.5], foods=[4.0, 1.0, 1.0])
-    assert select_best(rows, "over tasks")["minilm", None, "cobra", 2]["lr"] == 0.003
+def test_kinds_choose_apart():
+    rows = search(hyper=[0.8, 0.7, 0.5], foods=[4.0, 1.0, 2.0])
+    best = select_best(rows, "over tasks")
+    assert best["minilm", None, "cobra", 2]["lr"] == 0.001 and best["minilm", "regression", "cobra", 2]["lr"] == 0.003
 
 
 def test_methods_and_ranks_choose_apart():

@@ -32,6 +32,7 @@ TABLES: dict[str, Callable[[Sequence[dict], Summary], str]] = {
     "calibration": tables.calibration,
     "secondary": tables.secondary,
     "factors": tables.factors,
+    "ablations": lambda rows, summary: tables.factors(rows, summary, "ablation"),
     "search": lambda rows, summary: tables.search(rows, summary, RULE),
     "budget": tables.budget,
     "cost": tables.cost,

@@ -1,4 +1,4 @@
-"""The factor study: settings that differ from the reference in one thing, judged on validation."""
+"""The studies of factors and ablations: settings that differ from the reference in one thing, judged on validation."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Effect:
     diverged: int
 
 
-def effects(rows: Sequence[dict]) -> list[Effect]:
+def effects(rows: Sequence[dict], phase: str = "factor") -> list[Effect]:
     """For every model and rank the reference, then its changes, best first.
 
-    The reference is the configuration from which the others differ in the fewest fields; it too must be of phase "factor".
+    The reference is the configuration from which the others differ in the fewest fields; it too must be of the phase.
     """
-    finished, diverged = of_phase(rows, "factor"), of_phase(rows, "factor", diverged=True)
+    finished, diverged = of_phase(rows, phase), of_phase(rows, phase, diverged=True)
     studies = defaultdict(lambda: defaultdict(dict))
     failed = defaultdict(int)
     for row in finished:

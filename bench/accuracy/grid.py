@@ -17,15 +17,19 @@ from bench.accuracy.recipe import PHASES, Recipe
 from bench.accuracy.rows import append_row, claim, read_rows
 from bench.accuracy.run import Diverged, run
 from bench.accuracy.statistics import select_best
+from bench.accuracy.tasks import kind_of
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 FURTHER = {"adalora": (1.6e-2,)}  # where the best of them was the last
 SEEDS = (0, 1, 2, 3, 4)
 PEERS = ("lora", "cobra", "adalora")
 METHODS = (*PEERS, "paper")
+LIKE = {"random": "lora"}  # controls take the rate of the method that they are plain forms of
 SEARCH_SEED = 100  # of no final run
 TASKS = ("supersense", "rt", "crowd", "kotz", "trec")
 SEARCH_TASKS = ("supersense", "rt", "trec")
+REGRESSIONS = ("tweets", "amazon")
+LANGUAGE = ("gcide",)
 FACTOR_TASKS = ("supersense", "rt")
 
 # what the forms differ in is spelled out, so that their rows keep their meaning when these defaults change
@@ -53,6 +57,39 @@ COBRA = {
     "cut": 0.4,
 }
 SETTINGS = {"paper": PAPER, "cobra": COBRA}
+TEXTS = {
+    "model": "smollm2",
+    "examples": 1000,
+    "steps": 60,
+    "batch_size": 4,
+    "max_length": 128,
+    "calibration_examples": 16,
+    "path_points": 6,
+    "validation_examples": 48,
+    "test_examples": 128,
+}
+# below rank 1 LoRA has to choose layers: its usual choice, at rank 1
+FEW_LAYERS = {
+    "lora": {"layers": "query,value"},
+    "cobra": {**COBRA, "minimum": 0, "r_max_multiple": 18},
+    "random": {"r_max_multiple": 18},
+}
+TIGHT = 2 / 9  # the parameters of rank 1 on them, over those of rank 1 on all linear layers of MiniLM
+ABLATIONS = (
+    {},
+    {"gamma": 0.0},
+    {"gamma": 50.0},
+    {"beta": 0.0},
+    {"beta": 1.0},
+    {"fusion": "sum"},
+    {"fusion": "contribution"},
+    {"fusion": "gradient"},
+    {"open_probability": 0.9},
+    {"prior_scale": "log", "gamma": 1.0},
+    {"init": "gradient"},
+    {"minimum": 1},
+    {"cut": 0.4},
+)
 FACTORS = (
     {},
     {"gate": "open", "r_max_multiple": 1},
@@ -94,6 +131,12 @@ def search() -> Iterator[Recipe]:
         for task in SEARCH_TASKS:
             for rate in (*RATES, *FURTHER.get(method, ())):
                 yield _recipe("search", task, method, 2, rate, SEARCH_SEED)
+    for method in PEERS:
+        for rate in (*RATES[1:], *FURTHER.get(method, ())):
+            yield _recipe("search", REGRESSIONS[0], method, 2, rate, SEARCH_SEED)
+    for rate in RATES[3:]:
+        for method in PEERS:
+            yield _recipe("search", LANGUAGE[0], method, 2, rate, SEARCH_SEED)
 
 
 def factor() -> Iterator[Recipe]:
@@ -107,37 +150,61 @@ def factor() -> Iterator[Recipe]:
                 yield Recipe("factor", task, "cobra", 2, FACTOR_RATE, seed, settings=settings)
 
 
+def ablation() -> Iterator[Recipe]:
+    """The published form without each of its parts, and with each change that COBRA's form makes to it; on validation."""
+    (rate,) = {recipe.lr for recipe in final() if recipe.method == "paper"}
+    for seed in range(SEARCH_SEED, SEARCH_SEED + 3):
+        for change in ABLATIONS:
+            for task in FACTOR_TASKS:
+                yield Recipe("ablation", task, "cobra", 2, rate, seed, settings=tuple({**PAPER, **change}.items()))
+
+
 def final() -> Iterator[Recipe]:
-    """Every method at the rate that its search found, on test."""
-    rates = _rates()
-    cells = [(2, PEERS, SEEDS), (2, ("paper",), SEEDS[:3]), (8, PEERS, SEEDS), (8, ("paper",), SEEDS[:3])]
-    for rank, methods, seeds in cells:
+    """Every method at the rate that its search found for this kind of task, on test."""
+    few, rows = SEEDS[:3], read_rows()
+    cells = (
+        (TASKS, 2, PEERS, SEEDS),
+        (TASKS, 8, PEERS, SEEDS),
+        (REGRESSIONS, 2, PEERS, few),
+        (LANGUAGE, 2, PEERS, few),
+        (TASKS, 2, ("paper",), few),
+        (TASKS, TIGHT, ("lora", "cobra", "random"), few),
+        (REGRESSIONS, 8, PEERS, few),
+        (TASKS, 32, PEERS, few),
+        (TASKS, 8, ("paper",), few),
+    )
+    for tasks, rank, methods, seeds in cells:
+        rates = _rates(rows, kind_of(tasks[0]))
         for seed in seeds:
-            for task in TASKS:
+            for task in tasks:
                 for method in methods:
-                    yield _recipe("final", task, method, rank, rates[method], seed)
+                    if rate := rates.get(LIKE.get(method, method)):
+                        yield _recipe("final", task, method, rank, rate, seed)
 
 
-def _rates() -> dict[str, float]:
-    """Method -> learning rate with the best mean over the search tasks."""
-    return {choice.method: config["lr"] for choice, config in select_best(read_rows(), "over tasks").items()}
+def _rates(rows: list[dict], kind: str) -> dict[str, float]:
+    """Method -> learning rate with the best mean over the tasks of this kind that were searched."""
+    searched = [row for row in rows if row["phase"] == "search" and kind_of(row["config"]["task"]) == kind]
+    return {choice.method: config["lr"] for choice, config in select_best(searched, "over tasks").items()}
 
 
-def _recipe(phase: str, task: str, method: str, rank: int, rate: float, seed: int) -> Recipe:
-    return Recipe(phase, task, method, rank, rate, seed, settings=tuple(SETTINGS.get(method, {}).items()))
+def _recipe(phase: str, task: str, method: str, rank: float, rate: float, seed: int) -> Recipe:
+    settings = (FEW_LAYERS if rank == TIGHT else SETTINGS).get(method, {})
+    common = {"settings": tuple(settings.items())} | (TEXTS if task in LANGUAGE else {})
+    return Recipe(phase, task, method, rank, rate, seed, **common)
 
 
-def work(phase: str, minutes: float, data: Path | None) -> None:
+def work(phase: str, minutes: float, data: Path | None, device: str = "cpu") -> None:
     """Fills missing rows of a phase, in order, and starts none after the time is up."""
     until = time.monotonic() + 60 * minutes
-    planned = list({"search": search, "factor": factor, "final": final}[phase]())
+    planned = list({"search": search, "factor": factor, "ablation": ablation, "final": final}[phase]())
     for recipe in planned:
         if time.monotonic() > until:
             break
         with claim(recipe.key) as mine:
             if mine and recipe.key not in _done():
                 print(f"{time.strftime('%H:%M:%S')} {_title(recipe)}", flush=True)
-                append_row(_row(recipe, data))
+                append_row(_row(recipe, data, device))
     done = _done()
     print(f"{sum(recipe.key in done for recipe in planned)} of {len(planned)} rows of phase {phase} are there")
 
@@ -150,11 +217,12 @@ def _title(recipe: Recipe) -> str:
     return f"{recipe.task} {recipe.method} rank {recipe.average_rank:g} lr {recipe.lr:g} seed {recipe.seed}"
 
 
-def _row(recipe: Recipe, data: Path | None) -> dict:
+def _row(recipe: Recipe, data: Path | None, device: str) -> dict:
     try:
-        return run(recipe, data)
+        return run(recipe, data, device)
     except Diverged as error:
-        return {"key": recipe.key, "phase": recipe.phase, "config": recipe.to_dict(), "diverged": str(error)}
+        found = {"phase": recipe.phase, "kind": kind_of(recipe.task), "config": recipe.to_dict()}
+        return {"key": recipe.key, **found, "diverged": str(error)}
 
 
 def main() -> None:
@@ -163,9 +231,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data", type=Path, help="folder of published sets (GLUE, TREC, FiQA, GSM8K)")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    work(options.phase, options.minutes, options.data)
+    work(options.phase, options.minutes, options.data, options.device)
 
 
 if __name__ == "__main__":

@@ -83,11 +83,16 @@ def budget_parameters(sites: Sequence[Site], average_rank: float) -> int:
 
 
 def _peft(recipe: Recipe, model: nn.Module, batches: Callable[[], Sequence]) -> Attached:
-    sites = find_sites(model)
+    sites, options = find_sites(model), recipe.options
+    everywhere = sum(site.in_features + site.out_features for site in sites)
+    if "layers" in options:
+        sites = [site for site in sites if site.name.endswith(tuple(options["layers"].split(",")))]
     shapes = {site.name: site.in_features + site.out_features for site in sites}
-    rank, options = int(recipe.average_rank), recipe.options
-    if rank != recipe.average_rank:
-        raise ValueError(f"average_rank={recipe.average_rank}: {recipe.method} has one whole rank for every layer")
+    exact = recipe.average_rank * everywhere / sum(shapes.values())
+    rank = round(exact)
+    if rank < 1 or abs(exact - rank) > 1e-6:
+        given = f"average_rank={recipe.average_rank:g}"
+        raise ValueError(f"{given}: {recipe.method} has one whole rank for every layer of its own, not {exact:g}")
     heads = [HEAD] if hasattr(model, HEAD) else None
     common = {"target_modules": list(shapes), "modules_to_save": heads, "lora_alpha": SCALING * rank}
     if recipe.method == "adalora":
@@ -217,10 +222,12 @@ def _with_ranks(plan: RankPlan, ranks: dict[str, int]) -> RankPlan:
 
 
 def _random_ranks(plan: RankPlan, amount: int, largest: int, seed: int) -> dict[str, int]:
-    """Ranks dealt one by one to random layers until none fits."""
-    drawn, ranks = random.Random(seed), {site.name: 0 for site in plan.sites}
-    cost, left = {site.name: site.cost for site in plan.sites}, amount
-    while open_sites := [n for n in ranks if ranks[n] < largest and cost[n] <= left]:
-        name = drawn.choice(open_sites)
-        ranks[name], left = ranks[name] + 1, left - cost[name]
-    return ranks
+    """Ranks dealt one by one to random layers until none fits; again where more than 1 % is then left."""
+    drawn, cost = random.Random(seed), {site.name: site.cost for site in plan.sites}
+    while True:
+        ranks, left = dict.fromkeys(cost, 0), amount
+        while open_sites := [n for n in ranks if ranks[n] < largest and cost[n] <= left]:
+            name = drawn.choice(open_sites)
+            ranks[name], left = ranks[name] + 1, left - cost[name]
+        if left <= 0.01 * amount:
+            return ranks

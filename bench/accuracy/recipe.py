@@ -7,7 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-PHASES = ("search", "factor", "final")
+PHASES = ("search", "factor", "ablation", "final")
 LATER = ("validation_examples", "test_examples")  # fields that keys of older rows lack: at None they are left out
 
 
@@ -15,8 +15,8 @@ LATER = ("validation_examples", "test_examples")  # fields that keys of older ro
 class Recipe:
     """One training run. Two recipes with equal values have one key, and one row.
 
-    phase: "search" (learning rates) and "factor" (one factor at a time) are judged on the validation split; only "final" runs
-        see the test split
+    phase: "search" (learning rates), "factor" and "ablation" (one thing changed at a time) are judged on the validation split;
+        only "final" runs see the test split
     method: a name of `bench.accuracy.methods`
     average_rank: the budget is that of a LoRA of this rank on every linear layer, in parameters
     lr: of matrices and head; linear warmup over `warmup` of the steps, then linear decay
@@ -26,7 +26,8 @@ class Recipe:
     noise: share of the training labels replaced by another class at random
     validation_examples, test_examples: of the splits that are evaluated, the same ones for every seed; None: all
     settings: of the method, by name; for those of COBRA fields of CobraConfig, `minimum` (ranks of a layer), `r_max_multiple`
-        (gates of a layer in average ranks), `cut` (share of the steps before it) and `scores` (False: no calibration)
+        (gates of a layer in average ranks), `cut` (share of the steps before it) and `scores` (False: no calibration); of
+        peft's methods `layers`: comma-separated endings of the names of those that have an adapter, at the same budget
     """
 
     phase: str

@@ -125,7 +125,7 @@ def win_tie_loss(comparisons: Iterable[Comparison]) -> dict[tuple[str, float, st
 
 
 class Choice(NamedTuple):
-    """What settings are chosen for; task None: one choice for all tasks."""
+    """What settings are chosen for; in the place of a task's name, None: all classification tasks, or another kind's name."""
 
     model: str
     task: str | None
@@ -161,7 +161,8 @@ def candidates(rows: Iterable[dict], rule: str) -> dict[Choice, list[Candidate]]
             continue
         if row.get("test") is not None:
             raise ValueError(f"row {row['key']} of the search has seen the test split; run it again on validation alone")
-        choice = Choice(row["model"], row["task"] if rule == "per task" else None, row["method"], row["average_rank"])
+        over = None if row["kind"] == "classification" else row["kind"]
+        choice = Choice(row["model"], row["task"] if rule == "per task" else over, row["method"], row["average_rank"])
         config = {k: v for k, v in row["config"].items() if k not in ("phase", "task", "seed")}
         found[choice][json.dumps(config, sort_keys=True)][row["task"], row["seed"]] = row
     return {choice: _ranked(tried) for choice, tried in sorted(found.items(), key=lambda item: (item[0][0], str(item[0])))}

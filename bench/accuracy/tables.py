@@ -185,11 +185,11 @@ def cost(rows: Sequence[dict], summary: Summary) -> str:
     return markdown(header, out)
 
 
-def factors(rows: Sequence[dict], summary: Summary) -> str:
-    """One row a factor: what was changed, and what that brings on validation. The reference shows its levels."""
-    kinds, blocks = {row["task"]: row["kind"] for row in of_phase(rows, "factor")}, []
+def factors(rows: Sequence[dict], summary: Summary, phase: str = "factor") -> str:
+    """One row a change, and what it brings on validation. The reference shows its levels."""
+    kinds, blocks = {row["task"]: row["kind"] for row in of_phase(rows, phase)}, []
     by_place = defaultdict(list)
-    for effect in effects(rows):
+    for effect in effects(rows, phase):
         by_place[effect.model, effect.rank].append(effect)
     for (model, rank), found in by_place.items():
         tasks = sorted({task for effect in found for task in effect.gains}, key=lambda task: (kinds[task], task))

@@ -95,6 +95,11 @@ def subset(examples: Sequence[Example], size: int | None) -> Sequence[Example]:
     return tuple(random.Random(0).sample(examples, size))
 
 
+def kind_of(name: str) -> str:
+    """Of a task that need not be loaded."""
+    return (_PACKAGED.get(name) or _PUBLISHED[name])[0]
+
+
 def sample(task: Task, examples: int, seed: int) -> tuple[Example, ...]:
     """Training examples drawn without replacement. Raises ValueError where the pool is too small."""
     if not 0 < examples <= len(task.train):
