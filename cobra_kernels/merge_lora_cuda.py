@@ -12,6 +12,12 @@ from cobra_kernels import cuda_extension
 FIELDS = 14  # of a site, csrc/merge_site.h
 
 
+def to_device(values: Sequence, device: torch.device) -> Tensor:
+    """Integers on the device, without a wait for it."""
+    table = torch.tensor(values, dtype=torch.int64, device="cpu")
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
 def launch(
     library: ctypes.CDLL, fields: Sequence[int], shapes: Sequence[tuple[int, int]], device: torch.device, statistics: bool
 ) -> Tensor | None:
@@ -24,7 +30,7 @@ def launch(
     """
     tiles = [library.cobra_cuda_merge_tiles(*shape) for shape in shapes]
     first_tile = list(accumulate(tiles, initial=0))
-    table = torch.tensor([*fields, *first_tile], dtype=torch.int64, device="cpu").to(device)
+    table = to_device([*fields, *first_tile], device)
     tile_sums = torch.empty(sum(tiles), 3, dtype=torch.float64, device=device) if statistics else None
     sums = torch.empty(len(shapes), 3, dtype=torch.float64, device=device) if statistics else None
     pointers = [None if t is None else t.data_ptr() for t in (tile_sums, sums)]

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FIELDS = 14  # of a site
+from cobra_kernels.merge_lora_cuda import FIELDS, to_device
+
 DTYPES = (tl.float32, tl.bfloat16, tl.float16)  # by their code
 
 
@@ -124,7 +125,7 @@ def launch(fields: Sequence[int], shapes: Sequence[tuple[int, int]], device: tor
         if chosen:
             part = _launch_dtype([sites[i] for i in chosen], [shapes[i] for i in chosen], dtype, device, statistics)
             if sums is not None:
-                sums[torch.tensor(chosen, device="cpu").to(device)] = part
+                sums[to_device(chosen, device)] = part
     return sums
 
 
@@ -133,8 +134,7 @@ def _launch_dtype(
 ) -> Tensor | None:
     config = pick_config()
     tiles = [-(-rows // config.BLOCK_M) * -(-columns // config.BLOCK_N) for rows, columns in shapes]
-    table = torch.tensor(sites, dtype=torch.int64, device="cpu").to(device)
-    first_tile = torch.tensor([0, *accumulate(tiles)], dtype=torch.int64, device="cpu").to(device)
+    table, first_tile = to_device(sites, device), to_device([0, *accumulate(tiles)], device)
     tile_sums = torch.empty(sum(tiles), 3, dtype=torch.float64, device=device) if statistics else None
     sums = torch.empty(len(sites), 3, dtype=torch.float64, device=device) if statistics else None
     aligned = all(value % 16 == 0 for site in sites for value in (*site[:2], *site[5:6], *site[7:9]))
