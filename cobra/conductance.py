@@ -3,6 +3,7 @@
 The points of the path are folded into the batch; one forward and one backward give every site's outputs h and gradients, which
 are reduced to one number per example as each gradient arrives (`cobra_kernels.conductance_reduce`). Nothing of a site is kept
 after that, so memory stays that of a training step on the folded batch; the batch is split to stay under a row limit.
+Where a rule takes gradients between the ends of the path and outputs at the ends (COBRA Eq. 1), the ends have no backward.
 
 For "direct", each site's output is a fresh leaf: its gradient then counts only the ways to F that pass no further site.
 By the chain rule dF/dα = Σ_sites ⟨direct gradient, dh/dα⟩ + (the way that passes no site), so the sum over sites and that
@@ -11,6 +12,7 @@ bypass is complete: F(x) - F(x0). Only layers that write to the residual stream 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -60,21 +62,62 @@ def attribute(
     target: (outputs, batch) -> (batch,)
     max_rows: rows of the folded batch at a time
     """
-    examples = max(1, max_rows // len(rule.alphas))
-    chunks = rule.chunks(max(3, max_rows)) if examples == 1 else [rule]
+    between = rule.between_ends()
+    points = len((between or rule).alphas)
+    examples = max(1, max_rows // max(2, points))
     total = torch.zeros(batch.size, len(sites) + 1, dtype=torch.float64)
     change = torch.zeros(batch.size, dtype=torch.float64, device="cpu")
     reached: set[int] = set()
     for start in range(0, batch.size, examples):
         part = batch.rows(start, start + examples)
         rows = slice(start, start + part.size)
-        change[rows] = _end_difference(model, entry, part, target)
-        for chunk in chunks:
-            sums = _sweep(model, sites, entry, part, chunk, target, direct)
+        ends = _Ends(sites, part.size, copy=writes_in_place(model)) if between else None
+        change[rows] = _end_difference(model, entry, part, target, ends)
+        for chunk in _chunks(rule, between, max_rows if examples == 1 else points):
+            sums = _sweep(model, sites, entry, part, chunk, target, direct, ends)
             reached |= sums.keys()
             for index, values in sums.items():
                 total[rows, index] += values.cpu().double()
     return Attribution(total[:, :ENTRY], total[:, ENTRY], change, frozenset(reached - {ENTRY}))
+
+
+def _chunks(rule: PathRule, between: PathRule | None, points: int) -> list[PathRule]:
+    if between is None:
+        return rule.chunks(max(3, points))
+    return [PathRule(*part) for part in zip(between.alphas.split(points), between.q.split(points), strict=True)]
+
+
+class _Ends:
+    """Outputs of the sites at both ends of the path, by site and number of its call."""
+
+    def __init__(self, sites: Sequence[Site], examples: int, copy: bool):
+        self.sites, self._examples, self._copy = sites, examples, copy
+        self._calls: Counter[int] = Counter()
+        self._snapshots: dict[tuple[int, int], Snapshot] = {}
+        self._outputs: dict[tuple[int, int], Tensor] = {}
+
+    def keep(self, index: int, h: Tensor) -> None:
+        self._snapshots[index, self._calls[index]] = Snapshot(h, _what(self.sites, index), self._copy)
+        self._calls[index] += 1
+
+    def settle(self) -> None:
+        """Raises RuntimeError where the forward overwrote what was kept."""
+        self._outputs = {key: snapshot.take() for key, snapshot in self._snapshots.items()}
+        self._snapshots.clear()
+
+    def output(self, index: int, call: int) -> Tensor:
+        """(2, examples, ...)"""
+        h = self._outputs.get((index, call))
+        if h is None or h.shape[0] % (2 * self._examples):
+            raise ValueError(
+                f"the {_what(self.sites, index)} has no like at both ends of the path: whether it is called depends on values; "
+                "leave it out with target_modules"
+            )
+        return h.reshape(2, self._examples, -1)
+
+
+def _what(sites: Sequence[Site], index: int) -> str:
+    return "input" if index == ENTRY else f"output of {sites[index].name}"
 
 
 def evaluate_target(target: Target, outputs: object, batch: Batch) -> Tensor:
@@ -87,27 +130,39 @@ def evaluate_target(target: Target, outputs: object, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def _end_difference(model: nn.Module, entry: Entry, batch: Batch, target: Target) -> Tensor:
-    with entry.at(batch, torch.tensor([0.0, 1.0]), lambda x: None) as folded:
-        ends = evaluate_target(target, folded.forward(model), folded).cpu().double()
-    return ends[batch.size :] - ends[: batch.size]
+def _end_difference(model: nn.Module, entry: Entry, batch: Batch, target: Target, ends: _Ends | None) -> Tensor:
+    """F(x) - F(x0) of every example; `ends` is filled on the way."""
+    keep = ends.keep if ends else lambda index, h: None
+    watched, both = watching(ends.sites if ends else (), lambda index, x, h: keep(index, h)), torch.tensor([0.0, 1.0])
+    with watched, entry.at(batch, both, lambda x: keep(ENTRY, x)) as folded:
+        values = evaluate_target(target, folded.forward(model), folded).cpu().double()
+    if ends:
+        ends.settle()
+    return values[batch.size :] - values[: batch.size]
 
 
 def _sweep(
-    model: nn.Module, sites: Sequence[Site], entry: Entry, batch: Batch, rule: PathRule, target: Target, direct: bool
+    model: nn.Module,
+    sites: Sequence[Site],
+    entry: Entry,
+    batch: Batch,
+    rule: PathRule,
+    target: Target,
+    direct: bool,
+    ends: _Ends | None,
 ) -> dict[int, Tensor]:
     """One forward and one backward over all points of the rule: site index -> (B,)."""
     points, rows = len(rule.alphas), len(rule.alphas) * batch.size
     copy = writes_in_place(model)
     sums: dict[int, Tensor] = {}
+    calls: Counter[int] = Counter()
 
-    def watch(index: int, h: Tensor) -> None:
-        what = "input" if index == ENTRY else f"output of {sites[index].name}"
-        snapshot = Snapshot(h, what, copy)
+    def watch(index: int, h: Tensor, call: int) -> None:
+        snapshot = None if ends else Snapshot(h, _what(sites, index), copy)
 
         def reduce(grad: Tensor) -> None:
-            h, g = (t.reshape(points, batch.size, -1) for t in (snapshot.take(), grad))
-            values = conductance_reduce(h, g, rule.q)
+            h = ends.output(index, call) if ends else snapshot.take().reshape(points, batch.size, -1)
+            values = conductance_reduce(h, grad.reshape(points, batch.size, -1), rule.q)
             sums[index] = sums[index] + values if index in sums else values
 
         h.register_hook(reduce)
@@ -115,17 +170,23 @@ def _sweep(
             h.register_post_accumulate_grad_hook(_drop_grad)
 
     def on_call(index: int, x: Tensor, h: Tensor) -> Tensor | None:
+        call = calls[index]
+        calls[index] += 1
         if not h.requires_grad:
             return None  # it does not change along the path
         per_example(h, rows, sites[index].name)
         if direct:
             leaf = h.detach().requires_grad_()
-            watch(index, leaf)
+            watch(index, leaf, call)
             return leaf.clone()  # a model may write into it, which a leaf forbids
-        watch(index, h)
+        watch(index, h, call)
         return None
 
-    with watching(sites, on_call), entry.at(batch, rule.alphas, lambda x: watch(ENTRY, x)) as folded:
+    def on_entry(x: Tensor) -> None:
+        watch(ENTRY, x, calls[ENTRY])
+        calls[ENTRY] += 1
+
+    with watching(sites, on_call), entry.at(batch, rule.alphas, on_entry) as folded:
         values = evaluate_target(target, folded.forward(model), folded)
         if not values.requires_grad:
             raise ValueError("the target does not depend on the model's input: no gradient to attribute")

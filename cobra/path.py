@@ -21,7 +21,7 @@ QUADRATURES = ("midpoint", "gausslegendre", "trapezoid", "lobatto")
 
 @dataclass(frozen=True)
 class PathRule:
-    """alphas: (n,) fp64, ascending in [0, 1].  q: (n, n) fp64."""
+    """alphas: (n,) fp64, ascending in [0, 1].  q: (n, n) fp64, or (n, 2) over the outputs at both ends of the path."""
 
     alphas: Tensor
     q: Tensor
@@ -42,6 +42,14 @@ class PathRule:
             parts.append(self._restricted(rows[start:stop]))
             start = stop
         return parts
+
+    def between_ends(self) -> PathRule | None:
+        """The rule at the points whose gradients count, where outputs count at both ends alone and gradients do not there."""
+        rows, columns = (self.q.abs().sum(axis).nonzero().flatten() for axis in (1, 0))
+        ends = [0, len(self.alphas) - 1]
+        if columns.tolist() != ends or self.alphas[ends].tolist() != [0, 1] or set(rows.tolist()) & set(ends):
+            return None
+        return PathRule(self.alphas[rows], self.q[rows][:, columns])
 
     def _support(self, rows: list[int]) -> list[int]:
         columns = self.q[rows].abs().sum(0).nonzero().flatten().tolist()
