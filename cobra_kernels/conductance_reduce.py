@@ -43,9 +43,11 @@ def _eager(h: Tensor, grad: Tensor, q: Tensor) -> Tensor:
         for block in (rows[i : i + size] for i in range(0, len(rows), size)):
             columns = q[block].abs().sum(0).nonzero().flatten().tolist()
             # differences first, products second: the small differences of near-equal points keep their digits
-            weights = q[block][:, columns].to(device=h.device, dtype=dtype)
+            scales = q[block].abs().amax(1)
+            weights = (q[block][:, columns] / scales[:, None]).to(device=h.device, dtype=dtype)
             delta = weights @ _points(h, columns).to(dtype).flatten(1)
-            total += delta.view(len(block), *h.shape[1:]).mul_(_points(grad, block)).sum((0, 2))
+            sums = delta.view(len(block), *h.shape[1:]).mul_(_points(grad, block)).sum(2)
+            total += scales.to(sums) @ sums
     return total
 
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from cobra_kernels import conductance_reduce, conductance_reduce_ref
+from cobra_kernels import conductance_reduce, conductance_reduce_cpu, conductance_reduce_ref
 from cobra_kernels.testing import assert_within_budget
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 POINTS = 5
 
 
@@ -13,6 +13,13 @@ def differences() -> torch.Tensor:
     q = torch.diag(torch.ones(POINTS - 1), 1) - torch.eye(POINTS)
     q[-1] = 0
     return q
+
+
+def sliced(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers cut out of a larger buffer of NaN."""
+    buffer = t.new_full((*t.shape[:-1], t.shape[-1] + 5), float("nan"))
+    buffer[..., 2:-3] = t
+    return buffer[..., 2:-3]
 
 
 RULES = {"dense": torch.linspace(-1, 1, POINTS**2).view(POINTS, POINTS).sin(), "differences": differences()}
@@ -26,6 +33,47 @@ def test_within_budget(shape, rule, dtype):
     fast, ref = ([function(h, grad, q) for h, grad in draws] for function in (conductance_reduce, conductance_reduce_ref))
     assert fast[0].dtype == torch.float32
     assert_within_budget(fast, ref, [conductance_reduce_ref(h, grad, q.double()) for h, grad in draws.double()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 67), (2, 9001)], ids=str)
+def test_every_instruction_set_within_budget(shape, dtype, level):
+    """Remainders of a register, of a block and of a strip, out of larger buffers; more points of h than of the gradient."""
+    q = RULES["dense"][:2]
+    draws = [(sliced(torch.randn(POINTS, *shape).to(dtype)), sliced(torch.randn(2, *shape).to(dtype))) for _ in range(4)]
+    fast, ref = ([function(h, grad, q) for h, grad in draws] for function in (conductance_reduce, conductance_reduce_ref))
+    assert_within_budget(fast, ref, [conductance_reduce_ref(h.double(), grad.double(), q.double()) for h, grad in draws])
+
+
+def test_threads_change_no_bit():
+    h, grad = torch.randn(2, POINTS, 3, 20_000)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            found.append(conductance_reduce(h, grad, RULES["dense"]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_without_the_extension(rule, monkeypatch):
+    h, grad = torch.randn(2, POINTS, 3, 40)
+    compiled = conductance_reduce(h, grad, RULES[rule])
+    monkeypatch.setattr(conductance_reduce_cpu.extension, "load", lambda: None)
+    torch.testing.assert_close(conductance_reduce(h, grad, RULES[rule]), compiled)
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_a_weight_on_differences_loses_no_digit(built, monkeypatch):
+    """A part of a difference is taken after it, with and without the extension."""
+    if not built:
+        monkeypatch.setattr(conductance_reduce_cpu.extension, "load", lambda: None)
+    h = 1e4 + torch.arange(POINTS)[:, None, None] * 1e-2 + torch.zeros(POINTS, 3, 64)
+    grad, q = torch.randn(POINTS, 3, 64), 0.3 * differences()
+    oracle = conductance_reduce_ref(h.double(), grad.double(), q.double())
+    torch.testing.assert_close(conductance_reduce(h, grad, q).double(), oracle, rtol=1e-5, atol=1e-5)
 
 
 def test_sums_as_it_is_written():
