@@ -13,7 +13,7 @@ from torch import Tensor
 
 _FOLDER = Path(__file__).parent
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
-_GATES = [_INT] * 3 + [ctypes.c_uint64] * 2 + [_INT] + [ctypes.c_double] * 3 + [ctypes.c_int, _POINTER]
+_GATES = [_INT] * 3 + [ctypes.c_uint64] * 2 + [_INT] + [ctypes.c_double] * 4 + [ctypes.c_int, _POINTER]
 SIGNATURES = {  # name -> result, arguments; launchers return a cudaError_t
     "cobra_cuda_merge_tiles": (_INT, [_INT] * 2),
     "cobra_cuda_merge": (ctypes.c_int, [_POINTER] * 2 + [_INT] * 2 + [_POINTER] * 3),

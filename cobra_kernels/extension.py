@@ -11,11 +11,11 @@ from pathlib import Path
 CPU_LEVEL = 2  # instructions it may use where the machine has them: 0 none in particular, 1 AVX2, 2 AVX-512
 
 _DRAW = [ctypes.c_int64] * 2 + [ctypes.c_uint64] * 2 + [ctypes.c_int64]  # sites, ranks, seed, step, first site
-_KIND = [ctypes.c_double] * 4 + [ctypes.c_int32]  # temperature, stretch, flags
+_KIND = [ctypes.c_double] * 4 + [ctypes.c_int32, ctypes.c_int64]  # temperature, stretch, flags, instructions
 
 _SIGNATURES = {  # name -> result, arguments
     "cobra_gate_words": (None, [ctypes.c_void_p, *_DRAW]),
-    "cobra_gate_noise": (None, [ctypes.c_void_p, *_DRAW]),
+    "cobra_gate_noise": (None, [ctypes.c_void_p, *_DRAW, ctypes.c_int64]),
     "cobra_noise_of_words": (None, [ctypes.c_void_p] * 2 + [ctypes.c_int64]),
     "cobra_gates_forward": (None, [ctypes.c_void_p] * 7 + _DRAW + _KIND),
     "cobra_concrete": (None, [ctypes.c_void_p] * 4 + [ctypes.c_int64] + _KIND[1:]),

@@ -35,7 +35,7 @@ from torch import Tensor
 from cobra_kernels import cuda_extension
 from cobra_kernels.backend import require_triton
 from cobra_kernels.gates_ops import GateFunction, bernoulli_kl, concrete, drawn_noise, open_probability, sampled_kl
-from cobra_kernels.gates_options import GateOptions, heat_of, signed, stretch_of
+from cobra_kernels.gates_options import GateOptions, check_temperature, signed, stretch_of
 
 KL = Literal["bernoulli", "concrete"]
 
@@ -61,9 +61,10 @@ def gates_and_kl_ref(
     stretch: tuple[float, float] | None = None,
 ) -> Gates:
     """The equations as they are written, in the dtype of the logits; arguments as in `gates_and_kl`."""
-    options = GateOptions(signed(seed), signed(step), first_site, *stretch_of(stretch), sampled=kl == "concrete")
+    heat = check_temperature(temperature)
+    options = GateOptions(signed(seed), signed(step), first_site, heat, *stretch_of(stretch), kl == "concrete")
     noise = drawn_noise(logits, offsets, options).to(logits.dtype)
-    T = heat_of(temperature, logits.device).to(logits.dtype)
+    T = torch.tensor(heat, dtype=torch.float32, device=logits.device).to(logits.dtype)
     divergence = sampled_kl(logits, prior_logits, noise) if options.sampled else bernoulli_kl(logits, prior_logits)
     return Gates(concrete(logits, noise, T, options), divergence, open_probability(logits, T, options))
 
@@ -99,11 +100,9 @@ def gates_and_kl(
     Raises ValueError for shapes and numbers out of range, RuntimeError for a backend that cannot run.
     """
     _check(logits, prior_logits, offsets, kl, backend)
-    options = GateOptions(
-        signed(seed), signed(step), first_site, *stretch_of(stretch), kl == "concrete", wanted=(True, True, True)
-    )
-    T = heat_of(temperature, logits.device)
-    return Gates(*GateFunction.apply(logits, prior_logits, None, offsets, T, options, backend))
+    heat = check_temperature(temperature)
+    options = GateOptions(signed(seed), signed(step), first_site, heat, *stretch_of(stretch), kl == "concrete", (True,) * 3)
+    return Gates(*GateFunction.apply(logits, prior_logits, None, offsets, None, options, backend))
 
 
 def _check(logits, prior_logits, offsets, kl, backend) -> None:

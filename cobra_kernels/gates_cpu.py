@@ -3,13 +3,26 @@
 import ctypes
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from cobra_kernels import extension
 from cobra_kernels.gates_options import GateOptions
 
-FP64, HARD, SAMPLED = 1, 2, 4  # flags of csrc/gates.h
+FP64, SAMPLED = 1, 2  # flags of csrc/gates.h
 DTYPES = (torch.float32, torch.float64)
+PLAIN = (Tensor, nn.Parameter)
 _WORD = 2**64 - 1
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether the numbers are where the pointers say, and nobody asks torch what it does: then the dispatcher can be left out,
+    which costs as much as the gates."""
+    return not torch.compiler.is_compiling() and (
+        all(t is None or (type(t) in PLAIN and t.is_cpu and t.dtype in DTYPES and not t.is_neg()) for t in tensors)
+        and _get_current_dispatch_mode() is None
+        and extension.load() is not None
+    )
 
 
 def forward(
@@ -41,7 +54,7 @@ def backward(
 ) -> Tensor:
     """Gradient of the logits, from those of z, kl and open that there are."""
     operands = _held(logits, prior, noise, offsets)
-    held = [None if t is None else t.to(logits.dtype).contiguous() for t in gradients]
+    held = [None if t is None else _ready(t, logits.dtype) for t in gradients]
     out = torch.empty_like(operands[0])
     numbers = _numbers(logits, offsets, temperature, options)
     library.cobra_gates_backward(*_pointers(operands), *_pointers(held), out.data_ptr(), *numbers)
@@ -52,23 +65,27 @@ def concrete(
     library: ctypes.CDLL, dz: Tensor | None, logits: Tensor, noise: Tensor, temperature: Tensor, low: float, high: float
 ) -> Tensor:
     """z of given noise, or with its gradient that of the logits; a layer calls it, so it does little else."""
-    held = [t if t.is_contiguous() and t.dtype == logits.dtype else t.to(logits.dtype).contiguous() for t in (logits, noise)]
-    gradient = None if dz is None else dz.to(logits.dtype).contiguous()
+    held = [_ready(t, logits.dtype) for t in (logits, noise)]
+    gradient = None if dz is None else _ready(dz, logits.dtype)
     out = torch.empty_like(held[0])
-    kind = FP64 * (logits.dtype == torch.float64) + HARD * (low < 0)
     pointers = (held[0].data_ptr(), held[1].data_ptr(), _pointer(gradient), out.data_ptr())
-    library.cobra_concrete(*pointers, logits.numel(), temperature.item(), low, high - low, kind)
+    kind = (temperature.item(), low, high - low, FP64 * (logits.dtype == torch.float64), extension.CPU_LEVEL)
+    library.cobra_concrete(*pointers, logits.numel(), *kind)
     return out
 
 
 def flags_of(logits: Tensor, options: GateOptions) -> int:
-    return FP64 * (logits.dtype == torch.float64) + HARD * options.hard + SAMPLED * options.sampled
+    return FP64 * (logits.dtype == torch.float64) + SAMPLED * options.sampled
 
 
 def _held(logits, prior, noise, offsets) -> list[Tensor | None]:
     """Contiguous operands of one dtype, to be kept until the call is over."""
-    floats = [None if t is None else t.to(logits.dtype).contiguous() for t in (logits, prior, noise)]
-    return [*floats, offsets]
+    return [*(None if t is None else _ready(t, logits.dtype) for t in (logits, prior, noise)), offsets]
+
+
+def _ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous, of the dtype; asks first, since a call of torch costs more."""
+    return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
 
 
 def _pointers(tensors: list[Tensor | None]) -> list[int | None]:
@@ -81,6 +98,6 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def _numbers(logits, offsets, temperature, options: GateOptions) -> tuple:
     sites, ranks = options.layout(logits, offsets)
-    heat = 1.0 if temperature is None else temperature.item()
     draw = (sites, ranks, options.seed & _WORD, options.step & _WORD, options.first_site)
-    return *draw, heat, options.low, options.high - options.low, options.log_ratio, flags_of(logits, options)
+    kind = (options.temperature(temperature), options.low, options.high - options.low, options.log_ratio)
+    return *draw, *kind, flags_of(logits, options), extension.CPU_LEVEL

@@ -43,7 +43,7 @@ def _run(function, pointers, logits, noise, offsets, options: GateOptions) -> No
         return
     sites, ranks = options.grid(logits, noise, offsets, BLOCK)
     words = (options.seed & 2**64 - 1, options.step & 2**64 - 1, options.first_site)
-    kind = (options.low, options.high - options.low, options.log_ratio, flags_of(logits, options))
+    kind = (options.temperature(None), options.low, options.high - options.low, options.log_ratio, flags_of(logits, options))
     with torch.cuda.device_of(logits):
         stream = cuda_extension.stream_of(logits)
         error = function(*pointers, logits.numel(), sites, ranks, *words, *kind, stream)

@@ -94,25 +94,19 @@ def surprise(v):
 
 
 @triton.jit
-def concrete(logits, noise, temperature, LOW: tl.constexpr, WIDTH: tl.constexpr, HARD: tl.constexpr):
-    """z fp64 of logits, noise and temperature in fp64"""
+def concrete(logits, noise, temperature, LOW: tl.constexpr, WIDTH: tl.constexpr):
+    """z fp64 of logits, noise and temperature in fp64; with LOW = 0 and WIDTH = 1 the sample itself, bit for bit"""
     score = (logits + noise) / temperature
-    z = sigmoid(score, exp_of_negative(-tl.abs(score)))
-    if HARD:
-        z = LOW + WIDTH * z
-        z = tl.where(z < 0.0, 0.0, tl.where(z > 1.0, 1.0, z))
-    return z
+    stretched = LOW + WIDTH * sigmoid(score, exp_of_negative(-tl.abs(score)))
+    return tl.where(stretched < 0.0, 0.0, tl.where(stretched > 1.0, 1.0, stretched))
 
 
 @triton.jit
-def concrete_slope(logits, noise, temperature, LOW: tl.constexpr, WIDTH: tl.constexpr, HARD: tl.constexpr):
+def concrete_slope(logits, noise, temperature, LOW: tl.constexpr, WIDTH: tl.constexpr):
     score = (logits + noise) / temperature
     e = exp_of_negative(-tl.abs(score))
-    change = slope(e) / temperature
-    if HARD:
-        stretched = LOW + WIDTH * sigmoid(score, e)
-        change = tl.where((stretched < 0.0) | (stretched > 1.0), 0.0, WIDTH * change)
-    return change
+    stretched = LOW + WIDTH * sigmoid(score, e)
+    return tl.where((stretched < 0.0) | (stretched > 1.0), 0.0, slope(e) / temperature * WIDTH)
 
 
 @triton.jit

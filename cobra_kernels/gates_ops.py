@@ -12,6 +12,8 @@ The equations are in `gates_and_kl`. Nothing but the operands is kept for backwa
 Everything is computed in fp64 and rounded once.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -38,7 +40,7 @@ def sampled_kl(logits: Tensor, prior: Tensor, noise: Tensor) -> Tensor:
     return (v - 2 * logsigmoid(v)) - (noise - 2 * logsigmoid(noise))
 
 
-def open_probability(logits: Tensor, temperature: Tensor | float | None, options: GateOptions) -> Tensor:
+def open_probability(logits: Tensor, temperature: Tensor | float, options: GateOptions) -> Tensor:
     """Of a hard gate to be above 0, else of a gate to be above 1/2; differentiable."""
     return torch.sigmoid(logits - temperature * options.log_ratio if options.hard else logits)
 
@@ -81,7 +83,7 @@ def backward(gradients, logits, prior, noise, offsets, temperature, chosen: Gate
         da += dkl * (torch.tanh((v + (a - p)) / 2) if chosen.sampled else torch.sigmoid(a) * torch.sigmoid(-a) * (a - p))
     if dopen is not None:
         opened = open_probability(a, T, chosen)
-        da += dopen * opened * open_probability(-a, None if T is None else -T, chosen)
+        da += dopen * opened * open_probability(-a, -T, chosen)
     return da.to(logits.dtype)
 
 
@@ -90,6 +92,8 @@ def _widened(logits, prior, noise, offsets, temperature, options):
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no fp64
     if noise is None and options.noisy:
         noise = drawn_noise(logits, offsets, options)
+    if temperature is None:
+        temperature = torch.tensor(options.heat, dtype=torch.float32, device=logits.device)
     return tuple(None if t is None else t.to(dtype) for t in (logits, prior, noise, temperature))
 
 
@@ -145,7 +149,7 @@ def _backward_fake(dz, dkl, dopen, logits, prior, noise, offsets, temperature, *
 
 _OPERANDS = (
     "Tensor logits, Tensor? prior, Tensor? noise, Tensor? offsets, Tensor? temperature, SymInt seed, SymInt step,"
-    " SymInt first_site, float low, float high, bool sampled, bool[] wanted"
+    " SymInt first_site, float heat, float low, float high, bool sampled, bool[] wanted"
 )
 for _suffix in ("", "_triton", "_cuda"):
     torch.library.define(f"cobra::gates_forward{_suffix}", f"({_OPERANDS}) -> (Tensor z, Tensor kl, Tensor open)")
@@ -179,11 +183,14 @@ class GateFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, prior, noise, offsets, temperature, options, backend):
-        operands, plain = (logits, prior, noise, offsets, temperature), _plain(options)
+        operands = (logits, prior, noise, offsets, temperature)
         ctx.save_for_backward(*operands)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.backend = options, backend
-        outputs = _FORWARD[backend](*operands, *plain)
+        if backend is None and gates_cpu.takes(logits, prior, noise, temperature):
+            outputs = gates_cpu.forward(extension.load(), *operands, options)
+        else:
+            outputs = _FORWARD[backend](*operands, *_plain(options))
         return tuple(t for t, wanted in zip(outputs, options.wanted, strict=True) if wanted)
 
     @staticmethod
@@ -194,8 +201,14 @@ class GateFunction(torch.autograd.Function):
         needed = tuple(t is not None for t in each)
         if not any(needed):
             return (None,) * 7
-        plain = (*_plain(ctx.options)[:-1], needed)
-        return _BACKWARD[ctx.backend](*each, *ctx.saved_tensors, *plain), *(None,) * 6
+        options = replace(ctx.options, wanted=needed)
+        operands = ctx.saved_tensors
+        logits, prior, noise, _, temperature = operands
+        if ctx.backend is None and gates_cpu.takes(*each, logits, prior, noise, temperature):
+            gradient = gates_cpu.backward(extension.load(), each, *operands, options)
+        else:
+            gradient = _BACKWARD[ctx.backend](*each, *operands, *_plain(options))
+        return gradient, *(None,) * 6
 
 
 def _plain(options: GateOptions) -> tuple:
@@ -203,6 +216,7 @@ def _plain(options: GateOptions) -> tuple:
         options.seed,
         options.step,
         options.first_site,
+        options.heat,
         options.low,
         options.high,
         options.sampled,

@@ -1,9 +1,9 @@
 """What the gates of one call have in common, as the registered operators take it."""
 
+import ctypes
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -12,6 +12,7 @@ class GateOptions:
     """
     seed, step: as signed integers of 64 bits; first_site: the site of the first row
     low, high: the stretch of hard gates, low < 0 and high > 1; 0 and 1 for gates that are not hard
+    heat: the temperature where it is no tensor; counts as fp32
     sampled: the KL is that of concrete densities at the draw, else of Bernoullis
     wanted: which of z, kl and open
     """
@@ -19,6 +20,7 @@ class GateOptions:
     seed: int = 0
     step: int = 0
     first_site: int = 0
+    heat: float = 1.0
     low: float = 0.0
     high: float = 1.0
     sampled: bool = False
@@ -37,6 +39,10 @@ class GateOptions:
     def noisy(self) -> bool:
         """Whether what is wanted depends on noise."""
         return self.wanted[0] or (self.wanted[1] and self.sampled)
+
+    def temperature(self, tensor: Tensor | None) -> float:
+        """What the arithmetic takes."""
+        return ctypes.c_float(self.heat).value if tensor is None else tensor.item()
 
     def layout(self, logits: Tensor, offsets: Tensor | None) -> tuple[int, int]:
         """Sites, and gates of each where there are no offsets."""
@@ -71,8 +77,8 @@ def stretch_of(stretch: tuple[float, float] | None) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def heat_of(temperature: float, device: torch.device) -> Tensor:
-    """() fp32 on the device. Raises ValueError unless greater than 0."""
+def check_temperature(temperature: float) -> float:
+    """Raises ValueError unless greater than 0."""
     if not temperature > 0:
         raise ValueError(f"temperature must be greater than 0, got {temperature}")
-    return torch.tensor(temperature, dtype=torch.float32, device=device)
+    return float(temperature)

@@ -48,6 +48,7 @@ def _forward_kernel(
     open_ptr,
     n,
     ranks,
+    heat,
     seed_low,
     seed_high,
     step_low,
@@ -56,10 +57,10 @@ def _forward_kernel(
     LOW: tl.constexpr,
     WIDTH: tl.constexpr,
     LOG_RATIO: tl.constexpr,
-    HARD: tl.constexpr,
     SAMPLED: tl.constexpr,
     DRAWS: tl.constexpr,
     RAGGED: tl.constexpr,
+    HEATED: tl.constexpr,
     WITH_Z: tl.constexpr,
     WITH_KL: tl.constexpr,
     WITH_OPEN: tl.constexpr,
@@ -77,17 +78,17 @@ def _forward_kernel(
                 v = draw_noise((gates - begin).to(tl.int32), seed_low, seed_high, step_low, step_high, site).to(tl.float64)
             else:
                 v = tl.load(noise_ptr + gates, mask=mask, other=0.0).to(tl.float64)
-        if WITH_Z or (WITH_OPEN and HARD):
-            temperature = tl.load(temperature_ptr).to(tl.float64)
+        if WITH_Z or WITH_OPEN:
+            temperature = tl.load(temperature_ptr).to(tl.float64) if HEATED else tl.full((), heat, tl.float32).to(tl.float64)
         if WITH_Z:
-            z = concrete(a, v, temperature, LOW, WIDTH, HARD)
+            z = concrete(a, v, temperature, LOW, WIDTH)
             tl.store(z_ptr + gates, z.to(z_ptr.dtype.element_ty), mask=mask)
         if WITH_KL:
             p = tl.load(prior_ptr + gates, mask=mask, other=0.0).to(tl.float64)
             kl = surprise(v + (a - p)) - surprise(v) if SAMPLED else bernoulli_kl(a, p)
             tl.store(kl_ptr + gates, kl.to(kl_ptr.dtype.element_ty), mask=mask)
         if WITH_OPEN:
-            x = a - temperature * LOG_RATIO if HARD else a
+            x = a - temperature * LOG_RATIO
             opened = sigmoid(x, exp_of_negative(-tl.abs(x)))
             tl.store(open_ptr + gates, opened.to(open_ptr.dtype.element_ty), mask=mask)
 
@@ -105,6 +106,7 @@ def _backward_kernel(
     out_ptr,
     n,
     ranks,
+    heat,
     stride_dz,
     stride_dkl,
     stride_dopen,
@@ -116,10 +118,10 @@ def _backward_kernel(
     LOW: tl.constexpr,
     WIDTH: tl.constexpr,
     LOG_RATIO: tl.constexpr,
-    HARD: tl.constexpr,
     SAMPLED: tl.constexpr,
     DRAWS: tl.constexpr,
     RAGGED: tl.constexpr,
+    HEATED: tl.constexpr,
     WITH_Z: tl.constexpr,
     WITH_KL: tl.constexpr,
     WITH_OPEN: tl.constexpr,
@@ -138,18 +140,18 @@ def _backward_kernel(
                 v = draw_noise((gates - begin).to(tl.int32), seed_low, seed_high, step_low, step_high, site).to(tl.float64)
             else:
                 v = tl.load(noise_ptr + gates, mask=mask, other=0.0).to(tl.float64)
-        if WITH_Z or (WITH_OPEN and HARD):
-            temperature = tl.load(temperature_ptr).to(tl.float64)
+        if WITH_Z or WITH_OPEN:
+            temperature = tl.load(temperature_ptr).to(tl.float64) if HEATED else tl.full((), heat, tl.float32).to(tl.float64)
         if WITH_Z:
             dz = tl.load(dz_ptr + gates * stride_dz, mask=mask, other=0.0).to(tl.float64)
-            total += dz * concrete_slope(a, v, temperature, LOW, WIDTH, HARD)
+            total += dz * concrete_slope(a, v, temperature, LOW, WIDTH)
         if WITH_KL:
             p = tl.load(prior_ptr + gates, mask=mask, other=0.0).to(tl.float64)
             dkl = tl.load(dkl_ptr + gates * stride_dkl, mask=mask, other=0.0).to(tl.float64)
             change = sampled_kl_slope(v + (a - p)) if SAMPLED else slope(exp_of_negative(-tl.abs(a))) * (a - p)
             total += dkl * change
         if WITH_OPEN:
-            x = a - temperature * LOG_RATIO if HARD else a
+            x = a - temperature * LOG_RATIO
             dopen = tl.load(dopen_ptr + gates * stride_dopen, mask=mask, other=0.0).to(tl.float64)
             total += dopen * slope(exp_of_negative(-tl.abs(x)))
         tl.store(out_ptr + gates, total.to(out_ptr.dtype.element_ty), mask=mask)
@@ -180,7 +182,7 @@ def forward(logits, prior, noise, offsets, temperature, options: GateOptions) ->
     like = operands[0]
     outputs = [torch.empty_like(like) if wanted else like.new_empty(0) for wanted in options.wanted]
     if like.numel():
-        grid, numbers, constants = _launch(logits, noise, offsets, options)
+        grid, numbers, constants = _launch(logits, noise, offsets, temperature, options)
         _forward_kernel[grid](*_or(like, operands), *outputs, *numbers, *_words(options), **constants)
     return tuple(outputs)
 
@@ -192,28 +194,28 @@ def backward(gradients, logits, prior, noise, offsets, temperature, options: Gat
     each, strides = zip(*((None, 0) if t is None else flat(t) for t in gradients), strict=True)
     out = torch.empty_like(like)
     if like.numel():
-        grid, numbers, constants = _launch(logits, noise, offsets, options)
+        grid, numbers, constants = _launch(logits, noise, offsets, temperature, options)
         numbers = (*numbers, *strides, *_words(options))
         _backward_kernel[grid](*_or(like, each), *_or(like, operands), out, *numbers, **constants)
     return out
 
 
-def _launch(logits, noise, offsets, options: GateOptions) -> tuple[tuple[int], tuple[int, int], dict]:
-    """Grid, (n, ranks) and constants."""
+def _launch(logits, noise, offsets, temperature, options: GateOptions) -> tuple[tuple[int], tuple[int, int, float], dict]:
+    """Grid, (n, ranks, heat) and constants."""
     sites, ranks = options.grid(logits, noise, offsets, CONFIGS[-1].BLOCK)
     constants = {
         "LOW": options.low,
         "WIDTH": options.high - options.low,
         "LOG_RATIO": options.log_ratio,
-        "HARD": options.hard,
         "SAMPLED": options.sampled,
         "DRAWS": options.noisy and noise is None,
         "RAGGED": offsets is not None,
+        "HEATED": temperature is not None,
         **dict(zip(("WITH_Z", "WITH_KL", "WITH_OPEN"), options.wanted, strict=True)),
         **vars(pick_config(ranks)),
         "enable_fp_fusion": False,
     }
-    return (sites,), (logits.numel(), ranks), constants
+    return (sites,), (logits.numel(), ranks, options.heat), constants
 
 
 def _words(options: GateOptions) -> tuple[int, ...]:

@@ -82,5 +82,5 @@ def gate_noise(sites: int, ranks: int, *, seed: int, step: int, first_site: int 
     if library is None:
         return noise_of_words(gate_words_ref(sites, ranks, seed, step, first_site))
     noise = torch.empty(sites, ranks, dtype=torch.float32, device="cpu")
-    library.cobra_gate_noise(noise.data_ptr(), sites, ranks, seed, step, first_site)
+    library.cobra_gate_noise(noise.data_ptr(), sites, ranks, seed, step, first_site, extension.CPU_LEVEL)
     return noise

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cobra_kernels import extension, gates_cpu, gates_ops
 from cobra_kernels.gates_ops import GateFunction, concrete
-from cobra_kernels.gates_options import GateOptions, heat_of, signed, stretch_of
+from cobra_kernels.gates_options import GateOptions, check_temperature, signed, stretch_of
 from cobra_kernels.philox import gate_noise
 
 Stretch = tuple[float, float]
@@ -70,12 +70,19 @@ class _ConcreteGates(torch.autograd.Function):
     def forward(ctx, logits, noise, temperature, low, high):
         ctx.save_for_backward(logits, noise, temperature)
         ctx.stretch = low, high
+        if gates_cpu.takes(logits, noise, temperature):
+            return gates_cpu.concrete(extension.load(), None, logits, noise, temperature, low, high)
         return _concrete_gates(logits, noise, temperature, low, high)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dz):
-        return _concrete_gates_backward(dz, *ctx.saved_tensors, *ctx.stretch), None, None, None, None
+        operands = (dz, *ctx.saved_tensors)
+        if gates_cpu.takes(*operands):
+            gradient = gates_cpu.concrete(extension.load(), *operands, *ctx.stretch)
+        else:
+            gradient = _concrete_gates_backward(*operands, *ctx.stretch)
+        return gradient, None, None, None, None
 
 
 def concrete_gates(logits: Tensor, noise: Tensor, temperature: Tensor, *, stretch: Stretch | None = None) -> Tensor:
@@ -97,8 +104,9 @@ def sample_gates_ref(
     logits: Tensor, *, seed: int, step: int, temperature: float, first_site: int = 0, stretch: Stretch | None = None
 ) -> Tensor:
     """logits (sites, r) -> z (sites, r); row i is site `first_site` + i"""
-    noise = gate_noise(*logits.shape, seed=seed, step=step, first_site=first_site)
-    return concrete_gates_ref(logits, noise.to(logits.device), heat_of(temperature, logits.device), stretch=stretch)
+    noise = gate_noise(*logits.shape, seed=seed, step=step, first_site=first_site).to(logits.device)
+    T = torch.tensor(check_temperature(temperature), dtype=torch.float32, device=logits.device)
+    return concrete_gates_ref(logits, noise, T, stretch=stretch)
 
 
 def sample_gates(
@@ -115,5 +123,6 @@ def sample_gates(
     """
     if logits.ndim != 2:
         raise ValueError(f"logits must be (sites, ranks), got shape {tuple(logits.shape)}")
-    options = GateOptions(signed(seed), signed(step), first_site, *stretch_of(stretch))
-    return GateFunction.apply(logits, None, None, None, heat_of(temperature, logits.device), options, None)[0]
+    heat = check_temperature(temperature)
+    options = GateOptions(signed(seed), signed(step), first_site, heat, *stretch_of(stretch))
+    return GateFunction.apply(logits, None, None, None, None, options, None)[0]

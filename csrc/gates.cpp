@@ -7,16 +7,37 @@
 #include <cstdint>
 
 #include "export.h"
+#include "isa.h"
 
 namespace cobra {
 namespace {
 
 constexpr int64_t BLOCK = 64;  // gates at once, a multiple of the four words of a Philox block
 
+#if defined(__GNUC__) && defined(__x86_64__)
+template <class Work>
+__attribute__((target("avx2"))) void each_wide(int64_t count, const Work& work) {
+  for (int64_t k = 0; k < count; ++k) work(k);
+}
+#else
+template <class Work>
+void each_wide(int64_t count, const Work& work) {
+  for (int64_t k = 0; k < count; ++k) work(k);
+}
+#endif
+
+// work(k) for k < count: independent arithmetic, which the compiler makes vectors of, four numbers where the machine has AVX2.
+template <class Work>
+void each(bool wide, int64_t count, const Work& work) {
+  if (wide) return each_wide(count, work);
+  for (int64_t k = 0; k < count; ++k) work(k);
+}
+
 struct Layout {
   const int64_t* offsets;  // (sites + 1,), or null
   int64_t sites, ranks, first_site;
   uint64_t seed, step;
+  bool wide;  // AVX2
 };
 
 // work(first, count, site, rank) for runs of at most BLOCK gates of one site, `first` of all gates and `rank` of the site's.
@@ -43,7 +64,7 @@ template <class Number>
 void draw_noise(Number* out, int64_t count, uint32_t site, int64_t rank, const Layout& layout) {
   uint32_t words[BLOCK];
   draw_words(words, count, site, rank, layout);
-  for (int64_t k = 0; k < count; ++k) out[k] = logistic_noise(words[k]);
+  each(layout.wide, count, [&](int64_t k) { out[k] = logistic_noise(words[k]); });
 }
 
 template <class Number>
@@ -62,20 +83,21 @@ struct Gates {
   void forward(Number* z, Number* kl, Number* open) const {
     const bool noisy = z || (kl && kind.sampled);
     for_each_run(layout, [&](int64_t first, int64_t count, uint32_t site, int64_t rank) {
+      const auto run = [&](const auto& work) { each(layout.wide, count, work); };
       Number room[BLOCK];
       const Number* a = logits + first;
       const Number* p = prior ? prior + first : nullptr;
       const Number* v = noisy ? noise_of(room, first, count, site, rank) : nullptr;
       if (z) {
-        for (int64_t k = 0; k < count; ++k) z[first + k] = Number(sample_gate(a[k], v[k], kind));
+        run([&](int64_t k) { z[first + k] = Number(sample_gate(a[k], v[k], kind)); });
       }
       if (kl && kind.sampled) {
-        for (int64_t k = 0; k < count; ++k) kl[first + k] = Number(sampled_kl(a[k], p[k], v[k]));
+        run([&](int64_t k) { kl[first + k] = Number(sampled_kl(a[k], p[k], v[k])); });
       } else if (kl) {
-        for (int64_t k = 0; k < count; ++k) kl[first + k] = Number(bernoulli_kl(a[k], p[k]));
+        run([&](int64_t k) { kl[first + k] = Number(bernoulli_kl(a[k], p[k])); });
       }
       if (open) {
-        for (int64_t k = 0; k < count; ++k) open[first + k] = Number(open_probability(a[k], kind));
+        run([&](int64_t k) { open[first + k] = Number(open_probability(a[k], kind)); });
       }
     });
   }
@@ -83,23 +105,24 @@ struct Gates {
   void backward(const Number* dz, const Number* dkl, const Number* dopen, Number* out) const {
     const bool noisy = dz || (dkl && kind.sampled);
     for_each_run(layout, [&](int64_t first, int64_t count, uint32_t site, int64_t rank) {
+      const auto run = [&](const auto& work) { each(layout.wide, count, work); };
       Number room[BLOCK];
       double sum[BLOCK] = {};
       const Number* a = logits + first;
       const Number* p = prior ? prior + first : nullptr;
       const Number* v = noisy ? noise_of(room, first, count, site, rank) : nullptr;
       if (dz) {
-        for (int64_t k = 0; k < count; ++k) sum[k] = add(sum[k], mul(dz[first + k], sample_slope(a[k], v[k], kind)));
+        run([&](int64_t k) { sum[k] = add(sum[k], mul(dz[first + k], sample_slope(a[k], v[k], kind))); });
       }
       if (dkl && kind.sampled) {
-        for (int64_t k = 0; k < count; ++k) sum[k] = add(sum[k], mul(dkl[first + k], sampled_kl_slope(a[k], p[k], v[k])));
+        run([&](int64_t k) { sum[k] = add(sum[k], mul(dkl[first + k], sampled_kl_slope(a[k], p[k], v[k]))); });
       } else if (dkl) {
-        for (int64_t k = 0; k < count; ++k) sum[k] = add(sum[k], mul(dkl[first + k], bernoulli_kl_slope(a[k], p[k])));
+        run([&](int64_t k) { sum[k] = add(sum[k], mul(dkl[first + k], bernoulli_kl_slope(a[k], p[k]))); });
       }
       if (dopen) {
-        for (int64_t k = 0; k < count; ++k) sum[k] = add(sum[k], mul(dopen[first + k], open_slope(a[k], kind)));
+        run([&](int64_t k) { sum[k] = add(sum[k], mul(dopen[first + k], open_slope(a[k], kind))); });
       }
-      for (int64_t k = 0; k < count; ++k) out[first + k] = Number(sum[k]);
+      run([&](int64_t k) { out[first + k] = Number(sum[k]); });
     });
   }
 };
@@ -111,7 +134,7 @@ Gates<Number> gates_of(const void* logits, const void* prior, const void* noise,
 }
 
 GateKind kind_of(double temperature, double low, double width, double log_ratio, int32_t flags) {
-  return {temperature, low, width, log_ratio, bool(flags & HARD), bool(flags & SAMPLED)};
+  return {temperature, low, width, log_ratio, bool(flags & SAMPLED)};
 }
 
 }  // namespace
@@ -120,7 +143,7 @@ GateKind kind_of(double temperature, double low, double width, double log_ratio,
 // out: (sites, ranks) int64, row-major; each word in [0, 2^32)
 COBRA_EXPORT void cobra_gate_words(int64_t* out, int64_t sites, int64_t ranks, uint64_t seed, uint64_t step,
                                    int64_t first_site) {
-  const cobra::Layout layout{nullptr, sites, ranks, first_site, seed, step};
+  const cobra::Layout layout{nullptr, sites, ranks, first_site, seed, step, false};
   cobra::for_each_run(layout, [&](int64_t first, int64_t count, uint32_t site, int64_t rank) {
     uint32_t words[cobra::BLOCK];
     cobra::draw_words(words, count, site, rank, layout);
@@ -129,8 +152,9 @@ COBRA_EXPORT void cobra_gate_words(int64_t* out, int64_t sites, int64_t ranks, u
 }
 
 // out: (sites, ranks) fp32
-COBRA_EXPORT void cobra_gate_noise(float* out, int64_t sites, int64_t ranks, uint64_t seed, uint64_t step, int64_t first_site) {
-  const cobra::Layout layout{nullptr, sites, ranks, first_site, seed, step};
+COBRA_EXPORT void cobra_gate_noise(float* out, int64_t sites, int64_t ranks, uint64_t seed, uint64_t step, int64_t first_site,
+                                   int64_t level) {
+  const cobra::Layout layout{nullptr, sites, ranks, first_site, seed, step, cobra::supported_level(level) > 0};
   cobra::for_each_run(layout, [&](int64_t first, int64_t count, uint32_t site, int64_t rank) {
     cobra::draw_noise(out + first, count, site, rank, layout);
   });
@@ -145,8 +169,8 @@ COBRA_EXPORT void cobra_noise_of_words(const int64_t* words, float* out, int64_t
 COBRA_EXPORT void cobra_gates_forward(const void* logits, const void* prior, const void* noise, const int64_t* offsets, void* z,
                                       void* kl, void* open, int64_t sites, int64_t ranks, uint64_t seed, uint64_t step,
                                       int64_t first_site, double temperature, double low, double width, double log_ratio,
-                                      int32_t flags) {
-  const cobra::Layout layout{offsets, sites, ranks, first_site, seed, step};
+                                      int32_t flags, int64_t level) {
+  const cobra::Layout layout{offsets, sites, ranks, first_site, seed, step, cobra::supported_level(level) > 0};
   const cobra::GateKind kind = cobra::kind_of(temperature, low, width, log_ratio, flags);
   const auto run = [&](auto number) {
     using Number = decltype(number);
@@ -160,8 +184,8 @@ COBRA_EXPORT void cobra_gates_forward(const void* logits, const void* prior, con
 COBRA_EXPORT void cobra_gates_backward(const void* logits, const void* prior, const void* noise, const int64_t* offsets,
                                        const void* dz, const void* dkl, const void* dopen, void* out, int64_t sites,
                                        int64_t ranks, uint64_t seed, uint64_t step, int64_t first_site, double temperature,
-                                       double low, double width, double log_ratio, int32_t flags) {
-  const cobra::Layout layout{offsets, sites, ranks, first_site, seed, step};
+                                       double low, double width, double log_ratio, int32_t flags, int64_t level) {
+  const cobra::Layout layout{offsets, sites, ranks, first_site, seed, step, cobra::supported_level(level) > 0};
   const cobra::GateKind kind = cobra::kind_of(temperature, low, width, log_ratio, flags);
   const auto run = [&](auto number) {
     using Number = decltype(number);
@@ -174,8 +198,8 @@ COBRA_EXPORT void cobra_gates_backward(const void* logits, const void* prior, co
 
 // z of given noise, or with a dz the gradient of the logits: out (gates,). Fewer arguments, for a call a layer.
 COBRA_EXPORT void cobra_concrete(const void* logits, const void* noise, const void* dz, void* out, int64_t gates,
-                                 double temperature, double low, double width, int32_t flags) {
-  const cobra::Layout layout{nullptr, 1, gates, 0, 0, 0};
+                                 double temperature, double low, double width, int32_t flags, int64_t level) {
+  const cobra::Layout layout{nullptr, 1, gates, 0, 0, 0, cobra::supported_level(level) > 0};
   const cobra::GateKind kind = cobra::kind_of(temperature, low, width, 0.0, flags);
   const auto run = [&](auto number) {
     using Number = decltype(number);

@@ -18,7 +18,7 @@ struct Layout {
 template <class Number>
 struct Operands {
   const Number *logits, *prior, *noise;  // prior null without a KL; noise null where it is drawn, or not needed
-  const float* temperature;              // one number, or null where none is needed
+  const float* temperature;              // one number that counts in the place of the call's heat, or null
 };
 
 template <class Number>
@@ -86,8 +86,9 @@ struct Call {
   void* stream;
 };
 
-inline Call call_of(const Layout& layout, int64_t sites, double low, double width, double log_ratio, int flags, void* stream) {
-  const GateKind kind{1.0, low, width, log_ratio, bool(flags & HARD), bool(flags & SAMPLED)};
+inline Call call_of(const Layout& layout, int64_t sites, double heat, double low, double width, double log_ratio, int flags,
+                    void* stream) {
+  const GateKind kind{heat, low, width, log_ratio, bool(flags & SAMPLED)};
   const bool few = layout.ranks && layout.ranks < MOST_THREADS;
   return {layout, kind, unsigned(sites), few ? int(ceil_div<int64_t>(layout.ranks, 32)) * 32 : MOST_THREADS, stream};
 }
@@ -122,10 +123,10 @@ int backward(const void* logits, const void* prior, const void* noise, const flo
 // offsets (sites + 1,) as many as these say.
 COBRA_EXPORT int cobra_cuda_gates_forward(const void* logits, const void* prior, const void* noise, const int64_t* offsets,
                                           const float* temperature, void* z, void* kl, void* open, int64_t gates, int64_t sites,
-                                          int64_t ranks, uint64_t seed, uint64_t step, int64_t first_site, double low,
-                                          double width, double log_ratio, int flags, void* stream) {
+                                          int64_t ranks, uint64_t seed, uint64_t step, int64_t first_site, double heat,
+                                          double low, double width, double log_ratio, int flags, void* stream) {
   using namespace cobra;
-  const Call call = call_of({offsets, gates, ranks, first_site, seed, step}, sites, low, width, log_ratio, flags, stream);
+  const Call call = call_of({offsets, gates, ranks, first_site, seed, step}, sites, heat, low, width, log_ratio, flags, stream);
   const auto run = flags & FP64 ? forward<double> : forward<float>;
   return run(logits, prior, noise, temperature, z, kl, open, call);
 }
@@ -135,9 +136,9 @@ COBRA_EXPORT int cobra_cuda_gates_backward(const void* logits, const void* prior
                                            const float* temperature, const void* dz, int64_t z_stride, const void* dkl,
                                            int64_t kl_stride, const void* dopen, int64_t open_stride, void* out, int64_t gates,
                                            int64_t sites, int64_t ranks, uint64_t seed, uint64_t step, int64_t first_site,
-                                           double low, double width, double log_ratio, int flags, void* stream) {
+                                           double heat, double low, double width, double log_ratio, int flags, void* stream) {
   using namespace cobra;
-  const Call call = call_of({offsets, gates, ranks, first_site, seed, step}, sites, low, width, log_ratio, flags, stream);
+  const Call call = call_of({offsets, gates, ranks, first_site, seed, step}, sites, heat, low, width, log_ratio, flags, stream);
   const auto run = flags & FP64 ? backward<double> : backward<float>;
   return run(logits, prior, noise, temperature, dz, z_stride, dkl, kl_stride, dopen, open_stride, out, call);
 }

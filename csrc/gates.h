@@ -91,14 +91,14 @@ COBRA_HOST_DEVICE inline float logistic_noise(uint32_t word) {
 }
 
 // What the arithmetic of all gates of a call depends on, as flags.
-enum GateFlags : int32_t { FP64 = 1, HARD = 2, SAMPLED = 4 };
+enum GateFlags : int32_t { FP64 = 1, SAMPLED = 2 };
 
 // What all gates of a call share.
 struct GateKind {
   double temperature;
-  double low, width;  // a hard gate is low + width times the sample, cut to [0, 1]
-  double log_ratio;   // log(-low / high): a hard gate is open where its score is above it; 0 for gates that are not hard
-  bool hard, sampled;  // sampled: the KL of two concrete densities at the draw, else of two Bernoullis
+  double low, width;  // z is low + width times the sample, cut to [0, 1]; with 0 and 1 the sample, bit for bit
+  double log_ratio;   // log(-low / high), the score above which a hard gate is open; 0 for gates that are not hard
+  bool sampled;       // the KL is that of two concrete densities at the draw, else of two Bernoullis
 };
 
 COBRA_HOST_DEVICE inline double score_of(double logit, double noise, double temperature) {
@@ -107,19 +107,16 @@ COBRA_HOST_DEVICE inline double score_of(double logit, double noise, double temp
 
 COBRA_HOST_DEVICE inline double sample_gate(double logit, double noise, const GateKind& kind) {
   const double score = score_of(logit, noise, kind.temperature);
-  const double s = sigmoid(score, exp_of_negative(-magnitude(score)));
-  if (!kind.hard) return s;
-  const double stretched = add(kind.low, mul(kind.width, s));
+  const double stretched = add(kind.low, mul(kind.width, sigmoid(score, exp_of_negative(-magnitude(score)))));
   return stretched < 0.0 ? 0.0 : stretched > 1.0 ? 1.0 : stretched;
 }
 
 COBRA_HOST_DEVICE inline double sample_slope(double logit, double noise, const GateKind& kind) {
   const double score = score_of(logit, noise, kind.temperature);
   const double e = exp_of_negative(-magnitude(score));
-  const double change = slope(e) / kind.temperature;
-  if (!kind.hard) return change;
+  const double change = mul(slope(e) / kind.temperature, kind.width);
   const double stretched = add(kind.low, mul(kind.width, sigmoid(score, e)));
-  return stretched < 0.0 || stretched > 1.0 ? 0.0 : mul(change, kind.width);
+  return stretched < 0.0 || stretched > 1.0 ? 0.0 : change;
 }
 
 COBRA_HOST_DEVICE inline double open_probability(double logit, const GateKind& kind) {

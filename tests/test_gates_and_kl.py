@@ -34,8 +34,8 @@ ALL, Z, KL, OPEN = (True, True, True), (True, False, False), (False, True, False
 
 # options, shape, whether the noise is given
 CALLS = {
-    "drawn, all": (GateOptions(-7, 2**40, 2, wanted=ALL), (5, 37), False),
-    "drawn, all, hard, sampled": (GateOptions(11, -3, 0, *STRETCH, sampled=True, wanted=ALL), (3, 200), False),
+    "drawn, all": (GateOptions(-7, 2**40, 2, 0.7, wanted=ALL), (5, 37), False),
+    "drawn, all, hard, sampled": (GateOptions(11, -3, 0, 0.7, *STRETCH, sampled=True, wanted=ALL), (3, 200), False),
     "z of given noise": (GateOptions(wanted=Z), (300,), True),
     "hard z of given noise": (GateOptions(low=-0.4, high=1.05, wanted=Z), (4, 9), True),
     "Bernoulli KL": (GateOptions(wanted=KL), (131,), False),
@@ -52,7 +52,13 @@ def operands_of(call, dtype=torch.float32):
     """(logits, prior, noise, offsets, temperature), the gradients of what is wanted, and the options."""
     options, shape, given_noise = call
     noise = gate_noise(1, normal(*shape).numel(), seed=1, step=2).reshape(shape).to(dtype) if given_noise else None
-    operands = (normal(*shape).to(dtype), normal(*shape, seed=1).to(dtype), noise, None, torch.tensor(0.3))
+    operands = (
+        normal(*shape).to(dtype),
+        normal(*shape, seed=1).to(dtype),
+        noise,
+        None,
+        torch.tensor(0.3) if given_noise else None,
+    )
     gradients = [normal(*shape, seed=2 + i).to(dtype) if wanted else None for i, wanted in enumerate(options.wanted)]
     return operands, gradients, options
 
@@ -117,17 +123,27 @@ def test_uneven_sites_in_the_interpreter(kind, interpreted):
     """A site without gates among them, one of several blocks, and gradients that are one number for all gates."""
     offsets = torch.tensor([0, 5, 5, 150, 151])
     low, high = kind["stretch"] or (0.0, 1.0)
-    options = GateOptions(3, 5, 7, low, high, kind["kl"] == "concrete", ALL)
-    operands = (normal(151), normal(151, seed=1), None, offsets, torch.tensor(0.3))
+    options = GateOptions(3, 5, 7, 0.7, low, high, kind["kl"] == "concrete", ALL)
+    operands = (normal(151), normal(151, seed=1), None, offsets, None)
     gradients = [None, torch.tensor(0.25).expand(151), normal(151)]
     found, expected = (
         interpreted.forward(*operands, options),
         torch.ops.cobra.gates_forward(*operands, *gates_ops._plain(options)),
     )
     assert all(map(torch.equal, found, expected))
-    options = GateOptions(3, 5, 7, low, high, kind["kl"] == "concrete", (False, True, True))
+    options = GateOptions(3, 5, 7, 0.7, low, high, kind["kl"] == "concrete", (False, True, True))
     expected = torch.ops.cobra.gates_backward(*gradients, *operands, *gates_ops._plain(options))
     assert torch.equal(interpreted.backward(gradients, *operands, options), expected)
+
+
+@needs_extension
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_bits_do_not_depend_on_the_instructions(kind, monkeypatch):
+    logits, prior = normal(5, 71), normal(5, 71, seed=1)
+    wide = results(gates_and_kl, logits, prior, **DRAW, **kind)
+    monkeypatch.setattr(extension, "CPU_LEVEL", 0)
+    narrow = results(gates_and_kl, logits, prior, **DRAW, **kind)
+    assert all(torch.equal(t, narrow[name]) for name, t in wide.items())
 
 
 @needs_extension

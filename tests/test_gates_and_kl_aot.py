@@ -20,6 +20,8 @@ KINDS = {
     "Bernoulli KL": (False, False, False, False, (0, 1, 0)),
     "sampled KL of given noise": (False, True, False, False, (0, 1, 0)),
 }
+
+
 def cases():
     """The smaller variants are those of one architecture in the usual run, and all in the slow one."""
     for name, kind, config, arch in product(KERNELS, KINDS, kernels.CONFIGS, aot.SHARED_MEMORY):
@@ -32,12 +34,12 @@ def cases():
 @pytest.mark.parametrize(("name", "kind", "config", "arch"), list(cases()))
 def test_does_not_spill_and_contracts_nothing(name, kind, config, arch, tmp_path):
     hard, sampled, draws, ragged, wanted = KINDS[kind]
-    constants = dict(vars(config)) | {"HARD": hard, "SAMPLED": sampled, "DRAWS": draws, "RAGGED": ragged}
+    constants = dict(vars(config)) | {"SAMPLED": sampled, "DRAWS": draws, "RAGGED": ragged, "HEATED": not draws}
     constants |= {"LOW": -0.1 * hard, "WIDTH": 1 + 0.2 * hard, "LOG_RATIO": -2.4 * hard}
     constants |= dict(zip(("WITH_Z", "WITH_KL", "WITH_OPEN"), map(bool, wanted), strict=True))
     options = {field: constants.pop(field) for field in ("num_warps", "num_stages")}
     pointers = [argument for argument in KERNELS[name].arg_names if argument.endswith("_ptr")]
-    types = dict.fromkeys(pointers, "*fp32") | {"offsets_ptr": "*i64"}
+    types = dict.fromkeys(pointers, "*fp32") | {"offsets_ptr": "*i64", "heat": "fp32"}
     aot.assert_fits(KERNELS[name], types, constants, arch, tmp_path, aligned=False, tensor_cores=False, fuses=False, **options)
 
 
@@ -49,10 +51,22 @@ def test_config_of_ranks(ranks, block):
 
 def test_constants_keep_their_53_bits(tmp_path):
     """What the interpreter cannot see: a compiler that took a constant for fp32 would change every bit."""
-    constants = {"HARD": True, "SAMPLED": True, "DRAWS": True, "RAGGED": False, "LOW": -0.1, "WIDTH": 1.1 + 0.1, "BLOCK": 32}
+    constants = {
+        "HARD": True,
+        "SAMPLED": True,
+        "DRAWS": True,
+        "RAGGED": False,
+        "HEATED": False,
+        "LOW": -0.1,
+        "WIDTH": 1.1 + 0.1,
+        "BLOCK": 32,
+    }
     constants |= {"LOG_RATIO": math.log(0.1 / 1.1), "WITH_Z": True, "WITH_KL": True, "WITH_OPEN": True}
     kernel = kernels._forward_kernel
-    types = dict.fromkeys((name for name in kernel.arg_names if name.endswith("_ptr")), "*fp32") | {"offsets_ptr": "*i64"}
+    types = dict.fromkeys((name for name in kernel.arg_names if name.endswith("_ptr")), "*fp32") | {
+        "offsets_ptr": "*i64",
+        "heat": "fp32",
+    }
     options = {"aligned": False, "tensor_cores": False, "fuses": False, "num_warps": 1, "num_stages": 1}
     aot.assert_fits(kernel, types, constants, 90, tmp_path, **options)
     words = re.findall(r"0d([0-9A-F]{16})", (tmp_path / "kernel.ptx").read_text())

@@ -13,9 +13,9 @@ ALL = (True, True, True)
 # options, shape, offsets, whether the noise is given
 CALLS = {
     "one gate": (GateOptions(wanted=ALL), (1, 1), None, False),
-    "several rounds of a block": (GateOptions(-7, 2**40, 2, wanted=ALL), (3, 300), None, False),
-    "hard, sampled": (GateOptions(11, -3, 0, -0.1, 1.1, True, ALL), (5, 37), None, False),
-    "uneven sites": (GateOptions(1, 2, 2**32 - 9, -0.4, 1.05, True, ALL), (151,), [0, 5, 5, 150, 151], False),
+    "several rounds of a block": (GateOptions(-7, 2**40, 2, 0.7, wanted=ALL), (3, 300), None, False),
+    "hard, sampled": (GateOptions(11, -3, 0, 0.7, -0.1, 1.1, True, ALL), (5, 37), None, False),
+    "uneven sites": (GateOptions(1, 2, 2**32 - 9, 0.7, -0.4, 1.05, True, ALL), (151,), [0, 5, 5, 150, 151], False),
     "z of given noise": (GateOptions(), (300,), None, True),
     "sampled KL of given noise": (GateOptions(sampled=True, wanted=(False, True, False)), (7, 43), None, True),
     "Bernoulli KL": (GateOptions(wanted=(False, True, False)), (131,), None, False),
@@ -43,7 +43,8 @@ def test_bits_are_the_cpus(call, dtype, on_host):
     options, shape, offsets, given = call
     logits, prior = (4 * torch.randn(2, *shape)).to(dtype)
     noise = gate_noise(1, logits.numel(), seed=1, step=2).reshape(shape).to(dtype) if given else None
-    operands = (logits, prior, noise, None if offsets is None else torch.tensor(offsets), torch.tensor(0.3))
+    offsets, temperature = None if offsets is None else torch.tensor(offsets), torch.tensor(0.3) if given else None
+    operands = (logits, prior, noise, offsets, temperature)
     gradients = [torch.randn(shape).to(dtype), torch.tensor(0.25, dtype=dtype).expand(shape), torch.randn(shape).to(dtype)]
     gradients = [t if wanted else None for t, wanted in zip(gradients, options.wanted, strict=True)]
     plain, cobra = gates_ops._plain(options), torch.ops.cobra

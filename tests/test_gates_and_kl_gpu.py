@@ -57,7 +57,7 @@ def test_a_captured_graph_follows_the_logits(backend):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     T = torch.tensor(0.3, device="cuda")
-    plain = (5, 7, 0, 0.0, 1.0, False, (True, True, True))
+    plain = (5, 7, 0, 1.0, 0.0, 1.0, False, (True, True, True))
     operator = getattr(torch.ops.cobra, f"gates_forward_{backend}")
     with torch.cuda.stream(side):
         operator(logits, prior, None, None, T, *plain)
