@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from cobra_kernels import gated_lora_configs as configs
 from cobra_kernels.backend import TRITON_DTYPES, check_backend, has_tiles, require_triton, uses_triton
 from cobra_kernels.concrete_sample import ConcreteSample
-from cobra_kernels.gated_lora_linear_cpu import reduce, shrink
+from cobra_kernels.gated_lora_linear_cpu import add_products, reduce, shrink
 
 
 def gated_lora_linear_ref(
@@ -47,13 +47,12 @@ class _GatedLoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, z, scaling, bias):
         h = shrink(x, lora_A.to(x.dtype))
-        y = F.linear(x, weight, bias)
         if z is None:
-            y.addmm_(h, lora_B.to(x.dtype).t(), alpha=scaling)
+            y = add_products(x, weight.t(), h, lora_B.to(x.dtype).t(), bias, scaling)
         elif z.ndim == 2:
-            y.addmm_(h * z.to(x.dtype), lora_B.to(x.dtype).t(), alpha=scaling)
+            y = add_products(x, weight.t(), h * z.to(x.dtype), lora_B.to(x.dtype).t(), bias, scaling)
         else:
-            y.addmm_(h, (lora_B * (scaling * z)).to(x.dtype).t())
+            y = add_products(x, weight.t(), h, (lora_B * (scaling * z)).to(x.dtype).t(), bias)
         ctx.save_for_backward(x, weight, lora_A, lora_B, z, h)
         ctx.scaling = scaling
         return y
@@ -82,7 +81,7 @@ class _GatedLoraLinear(torch.autograd.Function):
         if needs_A:
             dA = reduce(g, x).to(lora_A.dtype)
             dA.mul_(factor[:, None] if isinstance(factor, Tensor) else factor)
-        dx = (dy @ weight).addmm_(g, rows.to(dy.dtype), alpha=ctx.scaling) if needs_x else None
+        dx = add_products(dy, weight, g, rows.to(dy.dtype), alpha=ctx.scaling) if needs_x else None
         dW = dy.t() @ x if needs_weight else None
         return dx, dW, dA, dB, dz, None, dy.sum(0) if needs_bias else None
 

@@ -1,9 +1,9 @@
-"""The two products of `gated_lora_linear` that read many tokens once, for CPUs.
+"""Products of `gated_lora_linear` with a small side, for CPUs: two that read many tokens once, and a sum with a large one.
 
     shrink   x (T, D), matrix (r, D)   ->   x matrixᵀ (T, r)          h = x Aᵀ,  g = dy B
     reduce   h (T, r), x (T, D)        ->   hᵀ x (r, D)               dA = gᵀ x,  dBᵀ = hᵀ dy
 
-In fp32, from LEAST_TOKENS tokens on and up to rank MOST_RANK, they are compiled (csrc/skinny.cpp), since BLAS is made for
+In fp32, from LEAST_TOKENS tokens on and up to rank MOST_RANK, these are compiled (csrc/skinny.cpp), since BLAS is made for
 larger matrices: the same bits for any number of threads, and no atomics. All else, torch.compile and tracing take torch's own.
 """
 
@@ -41,6 +41,19 @@ def reduce(h: Tensor, x: Tensor) -> Tensor:
     if extension.load().cobra_reduce(*pointers, *sizes, torch.get_num_threads(), extension.CPU_LEVEL):
         raise MemoryError(f"no memory to sum {T} tokens in")
     return out
+
+
+def add_products(x: Tensor, weight: Tensor, h: Tensor, small: Tensor, bias: Tensor | None = None, alpha: float = 1) -> Tensor:
+    """x weight + alpha h small + bias; weight (K, N), small (r, N)
+
+    In fp32 and for many tokens the small product comes first: BLAS adds the large one to it as it would to the bias, and the
+    sum is written once. Where the small one is 0, the bits are those of the large one alone.
+    """
+    if x.is_cpu and x.dtype == torch.float32 and len(x) >= LEAST_TOKENS:
+        small = small if alpha == 1 else small * alpha
+        return (h @ small if bias is None else torch.addmm(bias, h, small)).addmm_(x, weight)
+    y = x @ weight if bias is None else nn.functional.linear(x, weight.t(), bias)
+    return y.addmm_(h, small, alpha=alpha)
 
 
 def _is_compiled(a: Tensor, b: Tensor) -> bool:

@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cobra_kernels.backend import check_backend, uses_triton
 from cobra_kernels.gated_lora_linear import (
@@ -26,7 +25,7 @@ from cobra_kernels.gated_lora_linear import (
     gated_lora_linear,
     gated_lora_linear_ref,
 )
-from cobra_kernels.gated_lora_linear_cpu import reduce, shrink
+from cobra_kernels.gated_lora_linear_cpu import add_products, reduce, shrink
 
 FIELDS = 5  # tensors of a layer
 
@@ -60,7 +59,7 @@ class _GatedLoraLinears(torch.autograd.Function):
             h = H[:, first : first + len(lora_A)]
             first += len(lora_A)
             small, alpha = (lora_B, scaling) if z is None else (lora_B * (scaling * z), 1)
-            outputs.append(F.linear(x, weight, bias).addmm_(h, small.to(x.dtype).t(), alpha=alpha))
+            outputs.append(add_products(x, weight.t(), h, small.to(x.dtype).t(), bias, alpha))
         ctx.save_for_backward(x, H, *tensors)
         ctx.scalings = scalings
         ctx.set_materialize_grads(False)
@@ -71,7 +70,7 @@ class _GatedLoraLinears(torch.autograd.Function):
     def backward(ctx, *gradients):
         x, H, *tensors = ctx.saved_tensors
         found: list[Tensor | None] = [None] * len(tensors)
-        rows, parts, places, dx, first = [], [], [], None, 0
+        rows, parts, places, products, dx, first = [], [], [], [], None, 0
         for i, (dy, scaling) in enumerate(zip(gradients, ctx.scalings, strict=True)):
             at = i * FIELDS
             weight, lora_A, lora_B, z, _ = tensors[at : at + FIELDS]
@@ -88,12 +87,11 @@ class _GatedLoraLinears(torch.autograd.Function):
             if needs[0]:
                 found[at] = dy.t() @ x
             found[at + 4] = dy.sum(0) if needs_bias else None
-            if ctx.needs_input_grad[0]:
-                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
             if ctx.needs_input_grad[0] or needs_A:
                 factor = factor[:, None] if z is not None else torch.full((len(lora_A), 1), scaling, device=x.device)
                 parts.append(shrink(dy, lora_B.to(dy.dtype).t()))
                 rows.append((lora_A * factor).to(x.dtype))
+                products.append((dy, weight))
                 places.append((at + 1, len(lora_A), factor, lora_A.dtype, needs_A))
         if parts:
             G = torch.cat(parts, 1)
@@ -102,7 +100,9 @@ class _GatedLoraLinears(torch.autograd.Function):
                 for (place, _, factor, dtype, needs_A), dA in zip(places, each, strict=True):
                     found[place] = (dA.to(dtype) * factor).to(dtype) if needs_A else None
             if ctx.needs_input_grad[0]:
-                dx = dx.addmm_(G, torch.cat(rows))
+                dx = add_products(*products[0], G, torch.cat(rows))
+                for dy, weight in products[1:]:
+                    dx.addmm_(dy, weight)
         return dx, None, *found
 
 

@@ -23,6 +23,7 @@ SHAPES = {
     "r far above K and N": ((2, 3), 16, 8, 1024),
     "two-dimensional x": ((11,), 12, 14, 6),
     "four-dimensional x": ((2, 2, 3), 12, 14, 6),
+    "many tokens": ((150,), 13, 22, 7),
     "no examples": ((0, 4), 12, 18, 6),
     "no tokens": ((2, 0), 12, 18, 6),
 }
@@ -95,7 +96,7 @@ def test_double_backward_is_refused():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("silent", ["lora_B", "z"])
-@pytest.mark.parametrize("rows", [(7,), (3, 5)], ids=str)
+@pytest.mark.parametrize("rows", [(7,), (3, 5), (150,)], ids=str)
 def test_silent_branch_is_the_base_layer_bit_for_bit(rows, silent, dtype):
     """At step 0 lora_B is 0, and the first loss must be the base model's."""
     inputs = make_inputs(rows, 12, 16, 6, dtype=dtype)
