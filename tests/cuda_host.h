@@ -1,7 +1,7 @@
 // CUDA on the CPU, for tests: what csrc/*.cu need, so that a C++ compiler takes them and their kernels run without a GPU.
 //
 // The threads of a block are fibers of one thread: each runs until it waits for others, at a barrier or in an operation of a warp.
-// Blocks run one after the other. Copies to shared memory happen when they are waited for, as late as they may on a device, and
+// Blocks run one after the other, every second one from its last thread to its first. Copies to shared memory happen when they are waited for, as late as they may on a device, and
 // shared memory begins as NaN. Fragments of ldmatrix and mma are laid out as in the PTX manual.
 #pragma once
 
@@ -130,7 +130,8 @@ inline void run_block(int threads, size_t shared, const std::function<void()>& b
   }
   for (int left = threads; left;) {
     const int before = here.arrivals, running = left;
-    for (here.current = 0; here.current < threads; ++here.current) {
+    for (int i = 0; i < threads; ++i) {
+      here.current = blockIdx.x % 2 ? threads - 1 - i : i;
       Thread& thread = here.threads[size_t(here.current)];
       if (thread.done) continue;
       threadIdx = dim3(unsigned(here.current));

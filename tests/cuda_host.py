@@ -11,11 +11,11 @@ CSRC = Path(__file__).parents[1] / "csrc"
 FLAGS = ["-x", "c++", "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
 
 
-def compile_for_host(source: str, folder: Path) -> ctypes.CDLL:
-    """The launchers of one file; skips where there is no compiler."""
+def compile_for_host(source: str | Path, folder: Path) -> ctypes.CDLL:
+    """The launchers of one file, of csrc unless its path is absolute; skips where there is no compiler."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
-    target = folder / f"{source}.so"
+    target = folder / f"{Path(source).name}.so"
     header = Path(__file__).with_name("cuda_host.h")
     subprocess.run(["g++", *FLAGS, "-include", header, "-I", CSRC, CSRC / source, "-o", target], check=True)
     return ctypes.CDLL(str(target))
