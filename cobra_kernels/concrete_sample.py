@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cobra_kernels.philox import MASK, philox4x32_ref
+from cobra_kernels.philox import MASK, noise_of_words, philox4x32_ref
 from cobra_kernels.sample_gates import concrete_gates
 
 
@@ -49,4 +49,4 @@ class ConcreteSample:
         rest = torch.stack((site, step_low, step_high)).expand(len(block), 3)
         words = philox4x32_ref(torch.cat((block[:, None], rest), 1), (seed_low, seed_high)).flatten()[:r]
         u = ((words >> 8).double() + 0.5) * 2.0**-24
-        return concrete_gates(self.logits, (u.log() - (1 - u).log()).float(), self.temperature)
+        return concrete_gates(self.logits, noise_of_words(words), self.temperature)
