@@ -48,5 +48,4 @@ class ConcreteSample:
         block = torch.arange(-(-r // 4), device=self.draw.device)
         rest = torch.stack((site, step_low, step_high)).expand(len(block), 3)
         words = philox4x32_ref(torch.cat((block[:, None], rest), 1), (seed_low, seed_high)).flatten()[:r]
-        u = ((words >> 8).double() + 0.5) * 2.0**-24
         return concrete_gates(self.logits, noise_of_words(words), self.temperature)
