@@ -52,7 +52,6 @@ def test_config_of_ranks(ranks, block):
 def test_constants_keep_their_53_bits(tmp_path):
     """What the interpreter cannot see: a compiler that took a constant for fp32 would change every bit."""
     constants = {
-        "HARD": True,
         "SAMPLED": True,
         "DRAWS": True,
         "RAGGED": False,
