@@ -69,41 +69,42 @@ class _GatedLoraLinears(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
         x, H, *tensors = ctx.saved_tensors
-        found: list[Tensor | None] = [None] * len(tensors)
-        rows, parts, places, products, dx, first = [], [], [], [], None, 0
-        for i, (dy, scaling) in enumerate(zip(gradients, ctx.scalings, strict=True)):
-            at = i * FIELDS
-            weight, lora_A, lora_B, z, _ = tensors[at : at + FIELDS]
-            h = H[:, first : first + len(lora_A)]
-            first += len(lora_A)
-            if dy is None:
-                continue
-            _, needs_A, needs_B, needs_z, needs_bias = needs = ctx.needs_input_grad[2 + at : 2 + at + FIELDS]
-            factor = scaling if z is None else scaling * z
-            if needs_B or needs_z:
-                dB = reduce(h, dy).t().to(lora_B.dtype)
-                found[at + 3] = (lora_B * dB).sum(0).mul_(scaling).to(z.dtype) if needs_z else None
-                found[at + 2] = dB.mul_(factor) if needs_B else None
-            if needs[0]:
-                found[at] = dy.t() @ x
-            found[at + 4] = dy.sum(0) if needs_bias else None
-            if ctx.needs_input_grad[0] or needs_A:
-                factor = factor[:, None] if z is not None else torch.full((len(lora_A), 1), scaling, device=x.device)
-                parts.append(shrink(dy, lora_B.to(dy.dtype).t()))
-                rows.append((lora_A * factor).to(x.dtype))
-                products.append((dy, weight))
-                places.append((at + 1, len(lora_A), factor, lora_A.dtype, needs_A))
-        if parts:
-            G = torch.cat(parts, 1)
-            if any(needs_A for *_, needs_A in places):
-                each = reduce(G, x).split([r for _, r, *_ in places])
-                for (place, _, factor, dtype, needs_A), dA in zip(places, each, strict=True):
-                    found[place] = (dA.to(dtype) * factor).to(dtype) if needs_A else None
-            if ctx.needs_input_grad[0]:
-                dx = add_products(*products[0], G, torch.cat(rows))
-                for dy, weight in products[1:]:
-                    dx.addmm_(dy, weight)
-        return dx, None, *found
+        needs_x, _, *needs = ctx.needs_input_grad
+        layers, needs = ([flat[i : i + FIELDS] for i in range(0, len(flat), FIELDS)] for flat in (tensors, needs))
+        parts = H.split([len(lora_A) for _, lora_A, *_ in layers], 1)
+        found: list[list[Tensor | None]] = [[None] * FIELDS for _ in layers]
+        used = [i for i, dy in enumerate(gradients) if dy is not None]
+        for i in used:
+            found[i] = _of_one(x, parts[i], gradients[i], layers[i], ctx.scalings[i], needs[i])
+        dx, needs_A = None, [i for i in used if needs[i][1]]
+        if used and (needs_x or needs_A):
+            factors = [s if z is None else (s * z)[:, None] for s, (_, _, _, z, _) in zip(ctx.scalings, layers, strict=True)]
+            G = torch.cat([shrink(gradients[i], layers[i][2].to(x.dtype).t()) for i in used], 1)
+            if needs_A:
+                each = reduce(G, x).split([len(layers[i][1]) for i in used])
+                dA = dict(zip(used, each, strict=True))
+                for i in needs_A:
+                    found[i][1] = (dA[i].to(layers[i][1].dtype) * factors[i]).to(layers[i][1].dtype)
+            if needs_x:
+                rows = torch.cat([(layers[i][1] * factors[i]).to(x.dtype) for i in used])
+                dx = add_products(gradients[used[0]], layers[used[0]][0], G, rows)
+                for i in used[1:]:
+                    dx.addmm_(gradients[i], layers[i][0])
+        return dx, None, *(gradient for of_layer in found for gradient in of_layer)
+
+
+def _of_one(
+    x: Tensor, h: Tensor, dy: Tensor, layer: Sequence[Tensor], scaling: float, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of a layer's operands but for lora_A."""
+    _, _, lora_B, z, _ = layer
+    needs_weight, _, needs_B, needs_z, needs_bias = needs
+    dB = dz = None
+    if needs_B or needs_z:
+        dB = reduce(h, dy).t().to(lora_B.dtype)
+        dz = (lora_B * dB).sum(0).mul_(scaling).to(z.dtype) if needs_z else None
+        dB = dB.mul_(scaling if z is None else scaling * z) if needs_B else None
+    return [dy.t() @ x if needs_weight else None, None, dB, dz, dy.sum(0) if needs_bias else None]
 
 
 def gated_lora_linears(

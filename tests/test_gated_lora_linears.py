@@ -27,7 +27,7 @@ def make(rows=(2, 5), K=12, dtype=torch.float32, seed=0, layout="contiguous"):
 def joined(function, x, **operands):
     """All outputs side by side."""
     layers = [
-        GatedLora(**{n: operands.get(f"{n}_{i}") for n in ("weight", "lora_A", "lora_B", "z", "bias")}, scaling=1.5 + i)
+        GatedLora(**{n: operands.get(f"{n}_{i}") for n in ("weight", "lora_A", "lora_B", "z", "bias")}, scaling=1.7 + i)
         for i in range(len(SIZES))
     ]
     return torch.cat(function(x, layers), -1)
