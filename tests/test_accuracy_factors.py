@@ -43,9 +43,9 @@ def test_shared_runs_only():
 
 def test_losses_that_fall_are_gains():
     rows = study(tasks=("hyper", "foods"))
-    (beta,) = [e for e in effects(rows) if "beta" in e.changed]
-    assert beta.gains["foods"].mean == pytest.approx(1 - 0.82 / 0.8, rel=1e-4)
-    assert beta.mean.mean == pytest.approx(0.02)
+    accuracy, loss = [e for e in effects(rows) if "beta" in e.changed]
+    assert loss.gains["foods"].mean == loss.mean.mean == pytest.approx(1 - 0.82 / 0.8, rel=1e-4)
+    assert accuracy.gains["hyper"].mean == accuracy.mean.mean == pytest.approx(0.02)
 
 
 def test_diverged_settings_are_counted():
@@ -59,5 +59,10 @@ def test_ranks_have_references_of_their_own():
     assert [(e.rank, e.changed) for e in effects(rows)][-1] == (8, "")
 
 
-def test_other_phases_do_not_count():
-    assert effects([row()]) == []
+def test_kinds_have_references_of_their_own():
+    found = effects(study(tasks=("hyper", "foods")))
+    assert [(e.kind, e.changed) for e in found if not e.changed] == [("classification", ""), ("regression", "")]
+
+
+def test_phases_are_studies_of_their_own():
+    assert effects([row()]) == effects(study(), "ablation") == []

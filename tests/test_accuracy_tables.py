@@ -132,12 +132,13 @@ def test_factors():
     rows = [row("cobra", task, 2, seed, "factor", level, settings=settings) for seed in range(2) for task in ("hyper", "foods")
             for settings, level in (((), 0.8), ((("beta", 0.1),), 0.82))]  # fmt: skip
     rows.append(row("cobra", "hyper", 2, 0, "factor", lr=0.1, diverged=True))
-    text = tables.factors(rows, summarise([]))
-    assert cells(text, "changed")[1:3] == ["hyper (points)", "foods (% less MSE)"]
-    assert cells(text, "reference")[1].startswith("80.0") and cells(text, "reference")[4] == "4"
-    assert cells(text, "beta: default → 0.1")[1] == "+2.00 ± 0.00"
-    assert cells(text, "beta: default → 0.1")[2].startswith("-2.50")
-    assert cells(text, "lr: 0.003 → 0.1")[1:] == ["–", "–", "–", "0, 1 diverged"]
+    accuracy, loss = tables.factors(rows, summarise([])).split("**minilm, rank 2, ")[1:]
+    assert cells(accuracy, "changed")[1:] == ["hyper (points)", "mean", "runs"]
+    assert cells(accuracy, "reference")[1].startswith("80.0") and cells(accuracy, "reference")[3] == "2"
+    assert cells(accuracy, "beta: default → 0.1")[1] == "+2.00 ± 0.00"
+    assert cells(accuracy, "lr: 0.003 → 0.1")[1:] == ["–", "–", "0, 1 diverged"]
+    assert cells(loss, "changed")[1] == "foods (% less MSE)"
+    assert cells(loss, "beta: 0.1 → default")[1].startswith("+2.44")
 
 
 def test_search():

@@ -18,12 +18,13 @@ class Effect:
     changed: "name: reference → value", or "" for the reference itself
     gains: by task, positive where the change is better: accuracy as a fraction, or the relative fall of the loss; for the
         reference its level
-    mean: over all classification tasks of the study, None where one is missing
+    mean: over all tasks of the study, None where one is missing
     runs: pairs of runs compared; diverged: runs of these settings that did
     """
 
     model: str
     rank: float
+    kind: str
     changed: str
     gains: dict[str, Estimate]
     mean: Estimate | None
@@ -32,7 +33,7 @@ class Effect:
 
 
 def effects(rows: Sequence[dict], phase: str = "factor") -> list[Effect]:
-    """For every model and rank the reference, then its changes, best first.
+    """For every model, rank and kind of task the reference, then its changes, best first.
 
     The reference is the configuration from which the others differ in the fewest fields; it too must be of the phase.
     """
@@ -40,18 +41,17 @@ def effects(rows: Sequence[dict], phase: str = "factor") -> list[Effect]:
     studies = defaultdict(lambda: defaultdict(dict))
     failed = defaultdict(int)
     for row in finished:
-        studies[row["model"], row["average_rank"]][_settings(row)][row["task"], row["seed"]] = row
+        studies[row["model"], row["average_rank"], row["kind"]][_settings(row)][row["task"], row["seed"]] = row
     for row in diverged:
-        studies[row["model"], row["average_rank"]].setdefault(_settings(row), {})
-        failed[_settings(row)] += 1
+        studies[row["model"], row["average_rank"], row["kind"]].setdefault(_settings(row), {})
+        failed[row["kind"], _settings(row)] += 1
     found = []
-    for (model, rank), configs in sorted(studies.items()):
+    for study, configs in sorted(studies.items()):
         reference = _reference(configs)
-        changes = [
-            _effect(model, rank, configs, config, reference, failed[config]) for config in configs if config != reference
-        ]
+        effect = {config: _effect(study, configs, config, reference, failed[study[2], config]) for config in configs}
+        changes = [effect[config] for config in configs if config != reference]
         changes.sort(key=lambda e: (e.mean is None, -e.mean.mean if e.mean else 0.0, e.changed))
-        found += [_effect(model, rank, configs, reference, reference, failed[reference]), *changes]
+        found += [effect[reference], *changes]
     return found
 
 
@@ -68,17 +68,16 @@ def _reference(configs: dict[str, dict]) -> str:
     return min(configs, key=distance)
 
 
-def _effect(model: str, rank: float, configs: dict, config: str, reference: str, diverged: int) -> Effect:
+def _effect(study: tuple[str, float, str], configs: dict, config: str, reference: str, diverged: int) -> Effect:
     ours, theirs = configs[config], configs[reference]
-    by_task, kinds = defaultdict(list), {task: row["kind"] for (task, _), row in theirs.items()}
+    by_task = defaultdict(list)
     for run in sorted(ours.keys() & theirs.keys()):
         by_task[run[0]].append(_value(theirs[run]) if config == reference else _gain(ours[run], theirs[run]))
     gains = {task: seeds_estimate(values) for task, values in by_task.items()}
-    classification = [task for task, kind in kinds.items() if kind == "classification"]
-    complete = classification and all(task in gains for task in classification)
-    mean = mean_of([gains[task] for task in sorted(set(classification))]) if complete else None
+    tasks = sorted({task for task, _ in theirs})
+    mean = mean_of([gains[task] for task in tasks]) if gains and all(task in gains for task in tasks) else None
     changed = "" if config == reference else _changed(json.loads(reference), json.loads(config))
-    return Effect(model, rank, changed, gains, mean, sum(map(len, by_task.values())), diverged)
+    return Effect(*study, changed, gains, mean, sum(map(len, by_task.values())), diverged)
 
 
 def _value(row: dict) -> float:

@@ -187,20 +187,18 @@ def cost(rows: Sequence[dict], summary: Summary) -> str:
 
 def factors(rows: Sequence[dict], summary: Summary, phase: str = "factor") -> str:
     """One row a change, and what it brings on validation. The reference shows its levels."""
-    kinds, blocks = {row["task"]: row["kind"] for row in of_phase(rows, phase)}, []
-    by_place = defaultdict(list)
+    blocks, by_place = [], defaultdict(list)
     for effect in effects(rows, phase):
-        by_place[effect.model, effect.rank].append(effect)
-    for (model, rank), found in by_place.items():
-        tasks = sorted({task for effect in found for task in effect.gains}, key=lambda task: (kinds[task], task))
+        by_place[effect.model, effect.rank, effect.kind].append(effect)
+    for (model, rank, kind), found in by_place.items():
+        tasks = sorted({task for effect in found for task in effect.gains})
         out = []
         for effect in found:
-            cells = [_effect(effect, task, kinds[task]) for task in tasks]
-            mean = points(effect.mean) if effect.changed else percent(effect.mean)
+            cells = [_effect(effect, task) for task in tasks]
             diverged = f", {effect.diverged} diverged" if effect.diverged else ""
-            out.append((effect.changed or "reference", *cells, mean, f"{effect.runs}{diverged}"))
-        header = ("changed", *(f"{task} ({GAIN[kinds[task]]})" for task in tasks), "mean of accuracies", "runs")
-        blocks.append(_titled(model, rank, markdown(header, out)))
+            out.append((effect.changed or "reference", *cells, _gained(effect, effect.mean), f"{effect.runs}{diverged}"))
+        header = ("changed", *(f"{task} ({GAIN[kind]})" for task in tasks), "mean", "runs")
+        blocks.append(f"**{model}, rank {rank:g}, {kind}**\n\n{markdown(header, out)}")
     return "\n\n".join(blocks) or EMPTY
 
 
@@ -269,11 +267,15 @@ def _spent(row: dict) -> float:
     return row["seconds"].get("calibrate", 0.0) + row["seconds"]["train"]
 
 
-def _effect(effect: Effect, task: str, kind: str) -> str:
-    found = effect.gains.get(task)
+def _effect(effect: Effect, task: str) -> str:
+    return _gained(effect, effect.gains.get(task))
+
+
+def _gained(effect: Effect, found: Estimate | None) -> str:
+    """Levels of the reference, gains of the others."""
     if effect.changed:
         return points(found)
-    return percent(found) if kind == "classification" else number(found)
+    return percent(found) if effect.kind == "classification" else number(found)
 
 
 def _tried(tried: Sequence[Candidate], tasks: Sequence[str], kinds: dict[str, str]) -> list[tuple[str, ...]]:
