@@ -81,9 +81,14 @@ def table(rows) -> str:
         work = row["work"]
         seconds = row["seconds"]
         duration = f"{seconds * 1e3:,.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:,.0f} µs"
-        spread = f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}"
-        lines.append(f"| {shown} | {row['name']} | {duration} | {row['ratio']:.2f} | {spread} | {row['rounds']} |")
+        ratio, low, high = (shown_ratio(row[key]) for key in ("ratio", "ratio_low", "ratio_high"))
+        lines.append(f"| {shown} | {row['name']} | {duration} | {ratio} | {low} to {high} | {row['rounds']} |")
     return "\n".join(lines)
+
+
+def shown_ratio(ratio: float) -> str:
+    """Two decimals, or two digits where these would say little."""
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
 
 
 if __name__ == "__main__":
