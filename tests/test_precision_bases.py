@@ -1,6 +1,7 @@
 """Base models in half precision and quantised ones, which train fp32 adapters."""
 
 import copy
+import dataclasses
 import warnings
 from functools import partial
 
@@ -187,6 +188,8 @@ def test_a_quantised_base_is_calibrated_trained_and_saved(scores, engine, kind, 
     both = torch.corrcoef(torch.stack([found.prior, scores.prior[: len(found.prior)]]).double())
     assert both[0, 1] > 0.9
     config = cobra.CobraConfig(rank_budget=72, r_max=4, total_steps=4, gate_lr_scale=30.0)
+    with pytest.raises(ValueError, match=r"backend='triton' reads the weight itself, and \d+ target layers are quantised"):
+        cobra.attach(model, dataclasses.replace(config, backend="triton"), found)
     adapter = cobra.attach(model, config, found)
     optimizer, losses = torch.optim.AdamW(adapter.parameter_groups(lr=3e-3)), []
     for _ in range(4):
