@@ -35,6 +35,15 @@ def _at(rows: int, tokens: int, rounds: int) -> Comparison:
             norms.append(torch.stack([g.square().sum() for g in torch.autograd.grad(loss, weights)]))
         return torch.stack(norms)
 
+    def frozen_pass() -> None:
+        """What no per-example norm can do without."""
+        with frozen(model), find_entry(model, whole).at(whole, None, lambda x: None) as entered:
+            entered.forward(model).loss.backward()
+
     torch.testing.assert_close(batched().float(), loop(), rtol=1e-3, atol=1e-9)
-    alternatives = {"one batched backward": batched, f"{rows} single backwards": loop}
+    alternatives = {
+        "one batched backward": batched,
+        "frozen model, gradient to the embeddings": frozen_pass,
+        f"{rows} single backwards": loop,
+    }
     return compare(f"per-example gradient norms, {rows} × {tokens}", "one batched backward", alternatives, rounds)

