@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import peft
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ def run(rounds: int = 15) -> list[Comparison]:
     alternatives = {
         FROZEN: _frozen(base),
         "cobra LoRA r=8": _cobra(base, inputs, 8, "open"),
-        "cobra LoRA r=8, q, k and v apart": _cobra(base, inputs, 8, "open", shares=False),
+        "cobra LoRA r=8, q, k and v together": _cobra(base, inputs, 8, "open", share_inputs=True),
         "cobra LoRA r=16": _cobra(base, inputs, 16, "open"),
         "cobra gates r_max=16": _cobra(base, inputs, 16, "concrete"),
         "peft LoRA r=8": _peft(base, peft.LoraConfig(r=8, lora_alpha=16, target_modules=names)),
@@ -45,17 +46,16 @@ def _frozen(base: nn.Module) -> nn.Module:
     return model
 
 
-def _cobra(base: nn.Module, inputs: dict[str, Tensor], rank: int, gate: str, shares: bool = True) -> nn.Module:
-    """After a first step, as of which layers of one input share it."""
+def _cobra(base: nn.Module, inputs: dict[str, Tensor], rank: int, gate: str, share_inputs: bool = False) -> nn.Module:
+    """After a first step, as of which layers may share their input."""
     model = copy.deepcopy(base)
     sites = len(find_sites(model))
     config = cobra.CobraConfig(rank_budget=8 * sites, r_max=rank, gate=gate, total_steps=1000, modules_to_save=())
+    config = dataclasses.replace(config, share_inputs=share_inputs)
     adapter = cobra.attach(model, config)
     model(**inputs).loss.backward()
     model.zero_grad()
     adapter.step()
-    if not shares:
-        adapter.shared_inputs.forget()
     return model
 
 

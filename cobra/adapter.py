@@ -84,7 +84,7 @@ class Adapter:
         self.calibration = calibration
         self.base_fingerprint = fingerprint([site for group in groups for site in group.sites])
         self.current_step = 0
-        self.shared_inputs = SharedInputs()
+        self.shared_inputs = SharedInputs() if config.share_inputs else None
         self.plan: RankPlan | None = None
         self._trainable_before = set(restore)
         self._dropped: list[Site] = []
@@ -157,7 +157,8 @@ class Adapter:
         Raises RuntimeError where ranks turn out to train apart: then no engine averages the gradients of these parameters.
         """
         self._check_attached()
-        self.shared_inputs.settle()
+        if self.shared_inputs is not None:
+            self.shared_inputs.settle()
         self._steps_since_change += 1
         distributed.after_step(self.groups, self._steps_since_change, f"{self.base_fingerprint} {self.config}")
         if self._marks_at_cut is not None:
@@ -277,7 +278,8 @@ class Adapter:
             shrink.forget(optimizer, removed)
         self.groups = [group for group, site in zip(self.groups, plan.sites, strict=True) if site.kept]
         self.plan = plan
-        self.shared_inputs.forget()
+        if self.shared_inputs is not None:
+            self.shared_inputs.forget()
         self._marks_at_cut, self._steps_since_change = self._marks() if optimizer is None else None, 0
 
     def _marks(self) -> list[tuple[int, Tensor]]:

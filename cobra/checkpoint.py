@@ -124,7 +124,7 @@ def _check_same_run(adapter: Adapter, path: Path | str, meta: dict) -> None:
             f"{path} is of another model: fingerprint {meta['fingerprint']}, this adapter's is {adapter.base_fingerprint}"
         )
     ours = json.loads(json.dumps(adapter.config.to_dict()))
-    del ours["backend"]  # another one computes the same
+    del ours["backend"], ours["share_inputs"]  # another one computes the same, but for the last bits
     changed = [k for k in ours if meta["config"].get(k) != ours[k]]
     if changed:
         k = changed[0]

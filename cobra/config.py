@@ -74,6 +74,8 @@ class CobraConfig:
     gate_lr_scale, lora_B_lr_scale: learning rates of the gate logits and of lora_B over that of lora_A
     dropout: on the adapter branch's input
     seed: of lora_A's initialisation and of every gate
+    share_inputs: from the second step on, layers that are called in a row with one input, as q, k and v are, read it once; the
+        last bits of sums differ from those of each layer alone
     backend: of every adapted layer. "auto" takes a path that has run on the hardware at hand; "triton" needs a CUDA device when
         the model runs, and there raises where it cannot run (`cobra env` says what is active)
     """
@@ -102,6 +104,7 @@ class CobraConfig:
     lora_B_lr_scale: float = 1.0
     dropout: float = 0.0
     seed: int = 0
+    share_inputs: bool = False
     backend: str = "auto"
 
     def __post_init__(self):

@@ -182,8 +182,9 @@ class CobraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> y (..., N)"""
-        if self.adapter is not None and self.cut is None and not torch.compiler.is_compiling():
-            y = self.adapter.shared_inputs.output(self, x)
+        shared = None if self.adapter is None else self.adapter.shared_inputs
+        if shared is not None and self.cut is None and not torch.compiler.is_compiling():
+            y = shared.output(self, x)
             if y is not None:
                 return y
         lora_A, lora_B, z = self.branch()

@@ -1,7 +1,8 @@
 """Layers that get the same input one after the other, as q, k and v do: the first computes the outputs of all.
 
 Which layers those are is seen in the first training step, and changes between steps alone, where no graph is under way: a
-forward and its recomputation by activation checkpointing take the same path.
+forward and its recomputation by activation checkpointing take the same path. Sums of several layers have other last bits than
+those of each alone.
 """
 
 from __future__ import annotations

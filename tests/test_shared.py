@@ -32,7 +32,8 @@ class Attention(nn.Module):
 def attach(model=None, **settings):
     torch.manual_seed(0)
     model = Attention() if model is None else model
-    adapter = cobra.attach(model, cobra.CobraConfig(**{"rank_budget": 8, "r_max": 4, "total_steps": 10} | settings))
+    config = {"rank_budget": 8, "r_max": 4, "total_steps": 10, "share_inputs": True}
+    adapter = cobra.attach(model, cobra.CobraConfig(**config | settings))
     stir(adapter)
     return model, adapter
 
@@ -66,7 +67,7 @@ def test_shared_and_alone_are_the_same_step(gate, checkpointed):
 
 def test_a_model_shares_what_it_calls_in_a_row():
     model = minilm()
-    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=72, r_max=4, total_steps=10))
+    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=72, r_max=4, total_steps=10, share_inputs=True))
     stir(adapter)
     model(**review_batch()).loss.backward()
     before = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
