@@ -1,8 +1,9 @@
 // CUDA on the CPU, for tests: what csrc/*.cu need, so that a C++ compiler takes them and their kernels run without a GPU.
 //
 // The threads of a block are fibers of one thread: each runs until it waits for others, at a barrier or in an operation of a warp.
-// Blocks run one after the other, every second one from its last thread to its first. Copies to shared memory happen when they are waited for, as late as they may on a device, and
-// shared memory begins as NaN. Fragments of ldmatrix and mma are laid out as in the PTX manual.
+// A warp runs as far as it can before the next one, and every second block begins with its last. Copies to shared memory happen when
+// they are waited for, as late as they may on a device, and dynamic shared memory begins as NaN. Fragments of ldmatrix and mma are
+// laid out as in the PTX manual.
 #pragma once
 
 #include <ucontext.h>
@@ -113,6 +114,16 @@ inline void enter() {
   swapcontext(&block->threads[size_t(block->current)].context, &block->scheduler);
 }
 
+// Runs a thread until it waits, and says whether it has come to its end
+inline bool resume(int index) {
+  Thread& thread = block->threads[size_t(index)];
+  if (thread.done) return false;
+  block->current = index;
+  threadIdx = dim3(unsigned(index));
+  swapcontext(&block->scheduler, &thread.context);
+  return thread.done;
+}
+
 inline void run_block(int threads, size_t shared, const std::function<void()>& body) {
   Block here;
   block = &here;
@@ -128,16 +139,14 @@ inline void run_block(int threads, size_t shared, const std::function<void()>& b
     thread.context.uc_link = nullptr;
     makecontext(&thread.context, enter, 0);
   }
+  const bool backwards = blockIdx.x % 2;
   for (int left = threads; left;) {
     const int before = here.arrivals, running = left;
-    for (int i = 0; i < threads; ++i) {
-      here.current = blockIdx.x % 2 ? threads - 1 - i : i;
-      Thread& thread = here.threads[size_t(here.current)];
-      if (thread.done) continue;
-      threadIdx = dim3(unsigned(here.current));
-      swapcontext(&here.scheduler, &thread.context);
-      left -= thread.done;
-    }
+    for (int first = 0; first < threads; first += WARP)
+      for (int arrived = -1, remaining = left; arrived != here.arrivals || remaining != left;) {
+        arrived = here.arrivals, remaining = left;
+        for (int i = first; i < min(first + WARP, threads); ++i) left -= resume(backwards ? threads - 1 - i : i);
+      }
     if (left == running && before == here.arrivals) {
       std::fprintf(stderr, "threads of a block wait for others that never come\n");
       std::abort();
