@@ -225,6 +225,9 @@ def _starts(sites: list[Site], config: CobraConfig, scores: LayerScores | None) 
     """Layer -> directions that its lora_A starts from."""
     if config.init == "uniform":
         return {}
+    if config.init == "auto":
+        kept = {} if scores is None else scores.directions
+        return {site.name: kept[site.name] for site in sites if site.name in kept}
     if scores is None:
         raise ValueError("init='gradient' starts from a calibration: pass scores made with directions=r_max")
     return {site.name: _directions(site.name, min(config.r_max, site.in_features, site.out_features), scores) for site in sites}

@@ -19,7 +19,7 @@ CHOICES = {
     "fusion": ("product", "sum", "contribution", "gradient"),
     "prior_scale": ("literal", "standardized", "log"),
     "prior_level": ("group", "rank"),
-    "init": ("uniform", "gradient"),
+    "init": ("auto", "uniform", "gradient"),
     "gate": ("concrete", "straight_through", "mean", "open"),
     "kl": ("bernoulli", "concrete"),
     "kl_reduction": ("sum", "mean"),
@@ -65,7 +65,8 @@ class CobraConfig:
     prior_level: gates of a "group" share one prior, or every "rank" has its own: the gradient's k-th singular value in the
         place of its norm (needs scores with directions)
     open_probability: of every gate where the prior is at its mean
-    init: rows of lora_A "uniform" (kaiming), or along the leading directions of the calibration's "gradient"
+    init: rows of lora_A "uniform" (kaiming), or along the leading directions of the calibration's "gradient"; "auto" is along
+        as many directions as the scores keep
     beta, kl, kl_reduction: the KL term; "bernoulli" is the closed form, "concrete" a one-sample estimate
     temperature, anneal: first and last temperature of the relaxation, and the way between
     gate: "concrete" (noise once per optimizer step), "straight_through" (the same, rounded to 0 or 1 in the forward), "mean"
@@ -92,7 +93,7 @@ class CobraConfig:
     prior_scale: str = "log"
     prior_level: str = "group"
     open_probability: float = 0.9
-    init: str = "uniform"
+    init: str = "auto"
     beta: float = 0.01
     kl: str = "bernoulli"
     kl_reduction: str = "sum"

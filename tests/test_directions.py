@@ -125,6 +125,23 @@ def test_adapters_start_along_the_directions():
         )
 
 
+@pytest.mark.parametrize("directions", [0, 2, 4])
+def test_by_default_rows_start_along_the_directions_that_the_scores_keep(directions):
+    """The others are as `init="uniform"` draws them."""
+    drawn = {}
+    for init in ("auto", "uniform"):
+        model = vit()
+        scores = scored(model, [image_batch()], directions=directions)
+        adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=12, r_max=4, gate="open", init=init), scores)
+        drawn[init] = {group.name: group.layers[0][0].lora_A.detach() for group in adapter.groups}
+    assert cobra.CobraConfig(rank_budget=12, total_steps=1).init == "auto"
+    for name, rows in drawn["auto"].items():
+        assert torch.equal(rows[directions:], drawn["uniform"][name][directions:])
+        if directions:
+            along = torch.nn.functional.normalize(scores.directions[name], dim=1)
+            torch.testing.assert_close(rows[:directions] * 3**0.5, along, atol=1e-5, rtol=0)
+
+
 def test_every_rank_has_its_own_prior():
     model = vit()
     scores = scored(model, [image_batch()])

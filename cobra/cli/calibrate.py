@@ -14,6 +14,8 @@ from cobra.cli.shell import explained, note, warnings_told
 from cobra.cli.training.options import given_settings, with_options
 from cobra.cli.training.settings import AVERAGE_RANK, CalibrateSettings
 
+DIRECTIONS = 16  # as many as CobraConfig has gates a layer by default
+
 
 @with_options(CalibrateSettings, "model", "data")
 def calibrate(
@@ -64,6 +66,7 @@ def run_calibration(settings: CalibrateSettings) -> dict:
         baseline=settings.baseline,
         granularity=settings.granularity,
         max_examples=settings.examples,
+        directions=DIRECTIONS,
     )
     scores.save(settings.out)
     columns = (scores.sites, scores.conductance.tolist(), scores.gradient.tolist(), scores.prior.tolist())

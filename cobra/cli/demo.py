@@ -104,7 +104,8 @@ def _prepare(settings: DemoSettings) -> tuple[MeanPoolClassifier, Data]:
 def _run_cobra(model: MeanPoolClassifier, data: Data, settings: DemoSettings, seconds: Seconds) -> dict:
     out, search_steps = settings.out, int(settings.steps * settings.search_share)
     with seconds.of("stages 1-2: calibrate"):
-        scores = cobra.calibrate(model, data.calibration, max_examples=settings.calibration_examples)
+        examples, directions = settings.calibration_examples, 2 * settings.average_rank
+        scores = cobra.calibrate(model, data.calibration, max_examples=examples, directions=directions)
     scores.save(out / "scores.safetensors")
     parameters = settings.average_rank * sum(K + N for shapes in scores.shapes for K, N in shapes)  # of a LoRA of this rank
     config = cobra.CobraConfig(

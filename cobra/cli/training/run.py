@@ -142,7 +142,7 @@ def _scores(settings: TrainSettings, subject: Subject, folder: RunFolder) -> Lay
         if settings.scores is not None:
             scores = LayerScores.load(settings.scores)
         else:
-            rows = subject.train[: settings.calibration_examples]
+            rows, config = subject.train[: settings.calibration_examples], settings.config(0, total_steps=1)
             scores = cobra.calibrate(
                 subject.model,
                 subject.batches(rows, settings.calibration_batch_size),
@@ -151,7 +151,8 @@ def _scores(settings: TrainSettings, subject: Subject, folder: RunFolder) -> Lay
                 baseline=settings.baseline,
                 granularity=settings.granularity,
                 max_examples=settings.calibration_examples,
-                target_modules=settings.config(0, total_steps=1).target_modules,
+                target_modules=config.target_modules,
+                directions=config.r_max,
             )
         scores.save(path)
     return LayerScores.load(path)
