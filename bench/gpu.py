@@ -33,7 +33,7 @@ from bench.gpu_part import write_json
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 510  # seconds
-NEEDED = ("torch", "triton", "pytest", "numpy", "safetensors")
+NEEDED = ("torch", "triton", "pytest", "numpy", "safetensors", "setuptools")
 SOURCES = ("cobra_kernels/*.py", "csrc/*", "bench/*.py", "tests/*_gpu.py", "setup.py")
 ENDS = {"build": 0.18, "tests": 0.45, "sanitizer": 0.51, "sweep": 0.73, "benchmark": 1.0}  # shares of the limit
 

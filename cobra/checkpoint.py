@@ -124,7 +124,8 @@ def _check_same_run(adapter: Adapter, path: Path | str, meta: dict) -> None:
             f"{path} is of another model: fingerprint {meta['fingerprint']}, this adapter's is {adapter.base_fingerprint}"
         )
     ours = json.loads(json.dumps(adapter.config.to_dict()))
-    del ours["backend"], ours["share_inputs"]  # another one computes the same, but for the last bits
+    # another backend computes the same, but for the last bits; how lora_A was drawn is past, its values are in the file
+    del ours["backend"], ours["share_inputs"], ours["init"]
     changed = [k for k in ours if meta["config"].get(k) != ours[k]]
     if changed:
         k = changed[0]

@@ -65,7 +65,7 @@ def attribute(
     between = rule.between_ends()
     points = len((between or rule).alphas)
     examples = max(1, max_rows // max(2, points))
-    total = torch.zeros(batch.size, len(sites) + 1, dtype=torch.float64)
+    total = torch.zeros(batch.size, len(sites) + 1, dtype=torch.float64, device="cpu")
     change = torch.zeros(batch.size, dtype=torch.float64, device="cpu")
     reached: set[int] = set()
     for start in range(0, batch.size, examples):

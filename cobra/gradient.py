@@ -64,7 +64,7 @@ def _batched(
     copy = writes_in_place(model)
     calls: dict[int, int] = {}
     arrived: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    squared = torch.zeros(batch.size, len(sites), dtype=torch.float64)
+    squared = torch.zeros(batch.size, len(sites), dtype=torch.float64, device="cpu")
 
     def on_call(index: int, x: Tensor, h: Tensor) -> Tensor:
         name = sites[index].name

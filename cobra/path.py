@@ -57,7 +57,7 @@ class PathRule:
 
     def _restricted(self, rows: list[int]) -> PathRule:
         points = self._support(rows)
-        kept = torch.zeros(len(self.alphas), dtype=torch.bool)
+        kept = torch.zeros(len(self.alphas), dtype=torch.bool, device="cpu")
         kept[rows] = True
         return PathRule(self.alphas[points], (self.q * kept[:, None])[points][:, points])
 

@@ -16,7 +16,11 @@ OnCall = Callable[[int, Tensor, Tensor], Tensor | None]
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients within the block; every flag is restored after it."""
+    """Evaluation mode and no parameter gradients within the block; every flag is restored after it.
+
+    torch's fast path of transformer layers is off: under no_grad it would give the sites nested tensors.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
     training = {module: module.training for module in model.modules()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval()
@@ -25,10 +29,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = True  # bitsandbytes' 8-bit layers have their backward there, and no noise
     for p in trainable:
         p.requires_grad_(False)
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.enable_grad():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, flag in training.items():
             module.training = flag
         for p in trainable:

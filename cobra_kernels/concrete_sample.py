@@ -39,7 +39,9 @@ class ConcreteSample:
     def of(cls, logits: Tensor, *, seed: int, step: int, site: int, temperature: float) -> "ConcreteSample":
         """The sample of one site; arguments as in `sample_gates`."""
         device = logits.device
-        return cls(logits, draw_words(seed, step, site).to(device), torch.tensor(temperature, device=device))
+        return cls(
+            logits, draw_words(seed, step, site).to(device), torch.tensor(temperature, dtype=torch.float32, device=device)
+        )
 
     def gates(self) -> Tensor:
         """z (r,), differentiable in the logits."""

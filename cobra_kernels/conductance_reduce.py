@@ -28,7 +28,7 @@ BLOCK_ELEMENTS = 1 << 18  # points are taken a few at a time, so that their diff
 def conductance_reduce_ref(h: Tensor, grad: Tensor, q: Tensor) -> Tensor:
     """The equation as it is written; arguments as in `conductance_reduce`."""
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
-    h, grad = h.to(dtype).flatten(2), grad.to(dtype).flatten(2)
+    h, grad = (t.to(dtype).unsqueeze(-1).flatten(2) for t in (h, grad))
     return torch.einsum("ibk,ij,jbk->b", grad, q.to(h), h)
 
 
@@ -36,9 +36,9 @@ def _eager(h: Tensor, grad: Tensor, q: Tensor) -> Tensor:
     if compiled.takes(h, grad):
         return compiled.reduce(h, grad, q)
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
-    total = h.new_zeros(h.shape[1], dtype=dtype)
+    total, q = h.new_zeros(h.shape[1], dtype=dtype), q.double() if dtype == torch.float64 else q
     rows = q.abs().sum(1).nonzero().flatten().tolist()
-    size = max(1, BLOCK_ELEMENTS // max(1, h[0].numel()))
+    size = max(1, BLOCK_ELEMENTS // max(1, h.shape[1:].numel()))
     with full_precision(h.device):
         for block in (rows[i : i + size] for i in range(0, len(rows), size)):
             columns = q[block].abs().sum(0).nonzero().flatten().tolist()

@@ -105,6 +105,10 @@ def gates_and_kl(
     return Gates(*GateFunction.apply(logits, prior_logits, None, offsets, None, options, backend))
 
 
+def _cover(offsets: Tensor, count: int) -> bool:
+    return bool(offsets[0] == 0) and bool(offsets[-1] == count) and bool((offsets.diff() >= 0).all())
+
+
 def _check(logits, prior_logits, offsets, kl, backend) -> None:
     if offsets is None and logits.ndim != 2:
         raise ValueError(f"logits must be (sites, ranks), or (n,) with offsets; got shape {tuple(logits.shape)}")
@@ -115,6 +119,8 @@ def _check(logits, prior_logits, offsets, kl, backend) -> None:
         )
     if offsets is not None and offsets.device != logits.device:
         raise ValueError(f"offsets are on {offsets.device} and logits on {logits.device}; move them to one device")
+    if offsets is not None and offsets.device.type == "cpu" and not _cover(offsets, len(logits)):
+        raise ValueError(f"offsets must begin at 0, never fall and end at {len(logits)}, the number of logits")
     if prior_logits.shape != logits.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and prior_logits {tuple(prior_logits.shape)} differ in shape")
     if kl not in ("bernoulli", "concrete"):

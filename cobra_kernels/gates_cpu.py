@@ -19,10 +19,14 @@ def takes(*tensors: Tensor | None) -> bool:
     """Whether the numbers are where the pointers say, and nobody asks torch what it does: then the dispatcher can be left out,
     which costs as much as the gates."""
     return not torch.compiler.is_compiling() and (
-        all(t is None or (type(t) in PLAIN and t.is_cpu and t.dtype in DTYPES and not t.is_neg()) for t in tensors)
+        all(t is None or (type(t) in PLAIN and t.is_cpu and t.dtype in DTYPES and _has_numbers(t)) for t in tensors)
         and _get_current_dispatch_mode() is None
         and extension.load() is not None
     )
+
+
+def _has_numbers(t: Tensor) -> bool:
+    return not (t.is_neg() or t._is_zerotensor())
 
 
 def forward(
@@ -80,7 +84,11 @@ def flags_of(logits: Tensor, options: GateOptions) -> int:
 
 def _held(logits, prior, noise, offsets) -> list[Tensor | None]:
     """Contiguous operands of one dtype, to be kept until the call is over."""
-    return [*(None if t is None else _ready(t, logits.dtype) for t in (logits, prior, noise)), offsets]
+    return [*(None if t is None else _ready(t, logits.dtype) for t in (logits, prior, noise)), _dense(offsets)]
+
+
+def _dense(offsets: Tensor | None) -> Tensor | None:
+    return None if offsets is None else offsets.contiguous()
 
 
 def _ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -35,7 +35,11 @@ def _prepared(logits, prior, noise, offsets, temperature):
     if logits.dtype not in DTYPES:
         raise ValueError(f"backend='cuda' takes gates in float32 and float64, not {logits.dtype}; cast them")
     floats = [None if t is None else t.to(logits.dtype).contiguous() for t in (logits, prior, noise)]
-    return library, [*floats, offsets, None if temperature is None else temperature.float()]
+    return library, [
+        *floats,
+        None if offsets is None else offsets.contiguous(),
+        None if temperature is None else temperature.float(),
+    ]
 
 
 def _run(function, pointers, logits, noise, offsets, options: GateOptions) -> None:

@@ -94,6 +94,7 @@ def _widened(logits, prior, noise, offsets, temperature, options):
         noise = drawn_noise(logits, offsets, options)
     if temperature is None:
         temperature = torch.tensor(options.heat, dtype=torch.float32, device=logits.device)
+    prior = None if prior is None else prior.to(logits.dtype)
     return tuple(None if t is None else t.to(dtype) for t in (logits, prior, noise, temperature))
 
 

@@ -63,7 +63,9 @@ def flat(gradient: Tensor) -> tuple[Tensor, int]:
 
 
 def signed(word: int) -> int:
-    """An integer in [0, 2^64) as the signed one of the same bits."""
+    """An integer in [0, 2^64) as the signed one of the same bits. Raises ValueError for others."""
+    if not 0 <= word < 2**64:
+        raise ValueError(f"seed and step must be integers from 0 to 2**64 - 1, got {word}")
     return word - 2**64 if word >= 2**63 else word
 
 
@@ -78,7 +80,7 @@ def stretch_of(stretch: tuple[float, float] | None) -> tuple[float, float]:
 
 
 def check_temperature(temperature: float) -> float:
-    """Raises ValueError unless greater than 0."""
-    if not temperature > 0:
+    """Raises ValueError unless greater than 0, in fp32 too."""
+    if not temperature > 2.0**-126:
         raise ValueError(f"temperature must be greater than 0, got {temperature}")
     return float(temperature)

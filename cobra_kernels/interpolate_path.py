@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cobra_kernels.backend import require_triton
+from cobra_kernels.precision import full_precision
 
 
 def interpolate_path_ref(x: Tensor, baseline: Tensor, alphas: Tensor) -> Tensor:
@@ -55,9 +56,9 @@ def _backward(ctx, d: Tensor):
     dtype = torch.promote_types(d.dtype, torch.float32)
     a = ctx.saved_tensors[0].to(device=d.device, dtype=dtype)
     points = d.to(dtype).reshape(len(a), *ctx.x_shape)
-    dx = torch.tensordot(a, points, 1).to(d.dtype)
-    dx0 = torch.tensordot(1 - a, points, 1).sum_to_size(ctx.baseline_shape).to(ctx.baseline_dtype)
-    return dx, dx0, None
+    with full_precision(d.device):
+        dx, dx0 = torch.tensordot(a, points, 1), torch.tensordot(1 - a, points, 1)
+    return dx.to(d.dtype), dx0.sum_to_size(ctx.baseline_shape).to(ctx.baseline_dtype), None
 
 
 for _name, _implementation in {

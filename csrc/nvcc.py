@@ -117,7 +117,9 @@ def _compile(folder: Path, sources: Path) -> dict:
 
 
 def _start(command: list) -> subprocess.Popen:
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
 
 
 def _finish(process: subprocess.Popen) -> str:

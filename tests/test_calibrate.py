@@ -314,3 +314,24 @@ def test_sequence_first_layers_are_refused():
 
     with pytest.raises(ValueError, match=r"up sees a tensor of shape \(7, 5, 6\) in a batch of 5: its first dimension must be"):
         calibrate(SequenceFirst(), [mlp_batch(tokens=7)])
+
+
+def test_padded_batches_of_torchs_own_transformer():
+    """Its fast path would give the sites nested tensors where no gradient is asked for."""
+    torch.manual_seed(0)
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+            self.layers, self.head = torch.nn.TransformerEncoder(layer, 2), torch.nn.Linear(16, 3)
+
+        def forward(self, x):
+            mask = torch.arange(x.shape[1]) > 2
+            return self.head(self.layers(x, src_key_padding_mask=mask.expand(len(x), -1))[:, 0])
+
+    before = torch.backends.mha.get_fastpath_enabled()
+    batch = torch.randn(3, 5, 16), torch.tensor([0, 1, 2])
+    scores = cobra.calibrate(Encoder(), [batch], steps=4, progress=False)
+    assert scores.conductance.isfinite().all() and (scores.conductance > 0).any()
+    assert torch.backends.mha.get_fastpath_enabled() == before

@@ -330,3 +330,27 @@ def test_rejects(change, message):
 def test_a_backend_that_cannot_run_says_so():
     with pytest.raises(RuntimeError, match="backend='triton' needs"):
         gates_and_kl(torch.zeros(2, 3), torch.zeros(2, 3), **DRAW, backend="triton")
+
+
+def test_offsets_with_strides():
+    logits, prior = torch.randn(7), torch.randn(7)
+    given = torch.tensor([0, 1, 3, 5, 7, 7])[::2]
+    options = {"seed": 1, "step": 2, "temperature": 0.5}
+    for found, expected in zip(
+        gates_and_kl(logits, prior, offsets=given, **options),
+        gates_and_kl(logits, prior, offsets=given.clone(memory_format=torch.contiguous_format), **options),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("offsets", [[0, 10**8], [0, 3], [2, 7], [0, 5, 3, 7]])
+def test_offsets_that_do_not_cover_the_logits_are_refused(offsets):
+    with pytest.raises(ValueError, match="begin at 0, never fall and end at 7"):
+        gates_and_kl(torch.zeros(7), torch.zeros(7), offsets=torch.tensor(offsets), seed=0, step=0, temperature=1.0)
+
+
+@pytest.mark.parametrize("change", [{"seed": -1}, {"step": 2**64}, {"temperature": 1e-60}])
+def test_numbers_out_of_range_are_refused(change):
+    with pytest.raises(ValueError, match=r"from 0 to|greater than 0"):
+        gates_and_kl(torch.zeros(1, 7), torch.zeros(1, 7), **{"seed": 0, "step": 0, "temperature": 1.0, **change})

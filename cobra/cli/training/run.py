@@ -152,7 +152,7 @@ def _scores(settings: TrainSettings, subject: Subject, folder: RunFolder) -> Lay
                 granularity=settings.granularity,
                 max_examples=settings.calibration_examples,
                 target_modules=config.target_modules,
-                directions=config.r_max,
+                directions=config.r_max if config.init != "uniform" or config.prior_level == "rank" else 0,
             )
         scores.save(path)
     return LayerScores.load(path)
