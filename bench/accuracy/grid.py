@@ -144,6 +144,9 @@ def search() -> Iterator[Recipe]:
     for method in PEERS:
         for rate in (*RATES[1:], *FURTHER_REGRESSION.get(method, ())):
             yield _recipe("search", REGRESSIONS[0], method, 2, rate, SEARCH_SEED)
+    for method in PEERS:  # rank 8 has a search of its own: the best rates of rank 2 end in a constant there
+        for rate in (*RATES[1:], *FURTHER.get(method, ())):
+            yield _recipe("search", REGRESSIONS[0], method, 8, rate, SEARCH_SEED)
     for rate in RATES[3:]:
         for method in PEERS:
             yield _recipe("search", LANGUAGE[0], method, 2, rate, SEARCH_SEED)
@@ -183,17 +186,16 @@ def final() -> Iterator[Recipe]:
     cells = (
         (TASKS, 2, PEERS, SEEDS),
         (REGRESSIONS, 2, PEERS, SEEDS),
-        (REGRESSIONS, 8, PEERS, SEEDS),
+        (REGRESSIONS, 8, PEERS, few),
         (TASKS, 8, PEERS, SEEDS),
         (LANGUAGE, 2, PEERS, few),
         (TASKS, 2, ("paper",), few),
         (TASKS, TIGHT, ("lora", "cobra", "random"), few),
-        (REGRESSIONS, 32, PEERS, few),
         (TASKS, 32, PEERS, few),
         (TASKS, 8, ("paper",), few),
     )
     for tasks, rank, methods, seeds in cells:
-        rates = _rates(rows, kind_of(tasks[0]))
+        rates = _rates(rows, kind_of(tasks[0]), rank)
         for seed in seeds:
             for task in tasks:
                 for method in methods:
@@ -201,10 +203,12 @@ def final() -> Iterator[Recipe]:
                         yield _recipe("final", task, method, rank, rate, seed)
 
 
-def _rates(rows: list[dict], kind: str) -> dict[str, float]:
-    """Method -> learning rate with the best mean over the tasks of this kind that were searched."""
+def _rates(rows: list[dict], kind: str, rank: float) -> dict[str, float]:
+    """Method -> learning rate with the best mean over the tasks of this kind that were searched, at this rank or else at 2."""
     searched = [row for row in rows if row["phase"] == "search" and kind_of(row["config"]["task"]) == kind]
-    return {choice.method: config["lr"] for choice, config in select_best(searched, "over tasks").items()}
+    own = [row for row in searched if row["config"]["average_rank"] == rank]
+    of_small = [row for row in searched if row["config"]["average_rank"] == 2]
+    return {choice.method: config["lr"] for choice, config in select_best(own or of_small, "over tasks").items()}
 
 
 def _recipe(phase: str, task: str, method: str, rank: float, rate: float, seed: int) -> Recipe:
