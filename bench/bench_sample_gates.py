@@ -17,6 +17,7 @@ from cobra.sites import find_sites
 from cobra.timing import Comparison, compare
 from cobra_kernels import cuda_extension, gate_noise, gates_and_kl
 
+NEEDS_CUDA = True  # the cases for a device
 MODELS = {"MiniLM": (36, 16), "7B": (224, 64)}  # linears, gates of each
 DRAW = dict(seed=1, step=7, temperature=0.5)
 STRETCH = (-0.1, 1.1)
