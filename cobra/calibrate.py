@@ -58,8 +58,8 @@ def calibrate(
         together where there are several, each taking an equal share from the start of its own loader
     target_modules: as in `CobraConfig`
     chunk_bytes: activation memory the path sweep may take; 256 MiB on a CPU, where more is slower, and 1 GiB elsewhere
-    directions: leading gradient directions to keep of every layer, for init="gradient" and prior_level="rank"; takes the memory
-        of the target weights in fp32 while it runs; of each that has over 2,048 rows 512, or twice the directions
+    directions: leading gradient directions to keep of every layer: lora_A starts along them, and prior_level="rank" needs them;
+        takes the memory of the target weights in fp32 while it runs; of each that has over 2,048 rows 512, or twice as many
 
     Where torch.distributed is initialised, every rank calls it with a loader of its own part of the examples; all get the
     scores of all examples, those of rank 0 first.
@@ -67,14 +67,8 @@ def calibrate(
     Raises ValueError for an empty loader, labels all masked, losses or scores that are not finite, and what
     `find_sites`, `find_entry` and `path_rule` raise. Warns of layers that are not used and of a poor quadrature.
     """
-    if granularity not in CHOICES["granularity"]:
-        raise ValueError(f"granularity={granularity!r} is not one of {', '.join(CHOICES['granularity'])}")
-    if directions < 0:
-        raise ValueError(f"directions={directions}: expected at least 0")
-    if max_examples < 1:
-        raise ValueError(f"max_examples={max_examples}: expected at least 1")
-    if any(isinstance(module, CobraLinear) for module in model.modules()):
-        raise ValueError("an adapter is attached to the model; calibrate before attach(), or detach() or merge() it first")
+    least = {"directions": (directions, 0), "max_examples": (max_examples, 1), "chunk_bytes": (chunk_bytes, 1)}
+    _check_arguments(model, granularity, least)
     sites = find_sites(model, target_modules, allow_quantised=True)
     rule = path_rule(estimator, quadrature, steps)
     target_of = _unwrapped(target) or partial(objective.default_target, model)
@@ -116,6 +110,17 @@ def calibrate(
     if not distributed.rank():
         _warn(scores)
     return scores
+
+
+def _check_arguments(model: nn.Module, granularity: str, least: dict[str, tuple[int | None, int]]) -> None:
+    """least: a number and the smallest that it may be, by name"""
+    if granularity not in CHOICES["granularity"]:
+        raise ValueError(f"granularity={granularity!r} is not one of {', '.join(CHOICES['granularity'])}")
+    for name, (value, smallest) in least.items():
+        if value is not None and value < smallest:
+            raise ValueError(f"{name}={value}: expected at least {smallest}")
+    if any(isinstance(module, CobraLinear) for module in model.modules()):
+        raise ValueError("an adapter is attached to the model; calibrate before attach(), or detach() or merge() it first")
 
 
 class _Collected:

@@ -7,20 +7,7 @@ the noise and sample of `sample_gates`.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _philox(c0, c1, c2, c3, k0, k1):
-    """The four words of `philox4x32_ref`; all uint32."""
-    for _ in tl.static_range(10):
-        p0 = c0.to(tl.uint64) * 0xD2511F53
-        p1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
-        c1 = p1.to(tl.uint32)
-        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
-        c3 = p0.to(tl.uint32)
-        k0 = k0 + 0x9E3779B9
-        k1 = k1 + 0xBB67AE85
-    return c0, c1, c2, c3
+from cobra_kernels.gates_math_triton import philox
 
 
 @triton.jit
@@ -30,7 +17,7 @@ def _concrete(logits, ranks, draw_ptr, temperature):
     block = (ranks // 4).to(tl.uint32)
     key_0, key_1 = zero + tl.load(draw_ptr).to(tl.uint32), zero + tl.load(draw_ptr + 1).to(tl.uint32)
     step_0, step_1 = zero + tl.load(draw_ptr + 2).to(tl.uint32), zero + tl.load(draw_ptr + 3).to(tl.uint32)
-    w0, w1, w2, w3 = _philox(block, zero + tl.load(draw_ptr + 4).to(tl.uint32), step_0, step_1, key_0, key_1)
+    w0, w1, w2, w3 = philox(block, zero + tl.load(draw_ptr + 4).to(tl.uint32), step_0, step_1, key_0, key_1)
     word = tl.where(ranks % 4 < 2, tl.where(ranks % 4 == 0, w0, w1), tl.where(ranks % 4 == 2, w2, w3))
     u = ((word >> 8).to(tl.float64) + 0.5) * 5.9604644775390625e-08
     noise = (tl.log(u) - tl.log(1.0 - u)).to(tl.float32)

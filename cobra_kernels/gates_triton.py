@@ -36,6 +36,21 @@ def _bounds(offsets_ptr, n, ranks, RAGGED: tl.constexpr):
     return begin, end
 
 
+@triton.jit
+def _noise(noise_ptr, gates, begin, mask, word, DRAWS: tl.constexpr):
+    """v of `gates`, given or drawn; word: seed, step and site."""
+    if DRAWS:
+        v = draw_noise((gates - begin).to(tl.int32), word[0], word[1], word[2], word[3], word[4])
+    else:
+        v = tl.load(noise_ptr + gates, mask=mask, other=0.0)
+    return v.to(tl.float64)
+
+
+@triton.jit
+def _temperature(temperature_ptr, heat, HEATED: tl.constexpr):
+    return (tl.load(temperature_ptr) if HEATED else tl.full((), heat, tl.float32)).to(tl.float64)
+
+
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step_low", "step_high", "first_site"])
 def _forward_kernel(
     logits_ptr,
@@ -73,13 +88,10 @@ def _forward_kernel(
         mask = gates < end
         a = tl.load(logits_ptr + gates, mask=mask, other=0.0).to(tl.float64)
         if WITH_Z or (WITH_KL and SAMPLED):
-            if DRAWS:
-                site = first_site + tl.program_id(0)
-                v = draw_noise((gates - begin).to(tl.int32), seed_low, seed_high, step_low, step_high, site).to(tl.float64)
-            else:
-                v = tl.load(noise_ptr + gates, mask=mask, other=0.0).to(tl.float64)
+            word = seed_low, seed_high, step_low, step_high, first_site + tl.program_id(0)
+            v = _noise(noise_ptr, gates, begin, mask, word, DRAWS)
         if WITH_Z or WITH_OPEN:
-            temperature = tl.load(temperature_ptr).to(tl.float64) if HEATED else tl.full((), heat, tl.float32).to(tl.float64)
+            temperature = _temperature(temperature_ptr, heat, HEATED)
         if WITH_Z:
             z = concrete(a, v, temperature, LOW, WIDTH)
             tl.store(z_ptr + gates, z.to(z_ptr.dtype.element_ty), mask=mask)
@@ -135,13 +147,10 @@ def _backward_kernel(
         a = tl.load(logits_ptr + gates, mask=mask, other=0.0).to(tl.float64)
         total = tl.full((BLOCK,), 0.0, tl.float64)
         if WITH_Z or (WITH_KL and SAMPLED):
-            if DRAWS:
-                site = first_site + tl.program_id(0)
-                v = draw_noise((gates - begin).to(tl.int32), seed_low, seed_high, step_low, step_high, site).to(tl.float64)
-            else:
-                v = tl.load(noise_ptr + gates, mask=mask, other=0.0).to(tl.float64)
+            word = seed_low, seed_high, step_low, step_high, first_site + tl.program_id(0)
+            v = _noise(noise_ptr, gates, begin, mask, word, DRAWS)
         if WITH_Z or WITH_OPEN:
-            temperature = tl.load(temperature_ptr).to(tl.float64) if HEATED else tl.full((), heat, tl.float32).to(tl.float64)
+            temperature = _temperature(temperature_ptr, heat, HEATED)
         if WITH_Z:
             dz = tl.load(dz_ptr + gates * stride_dz, mask=mask, other=0.0).to(tl.float64)
             total += dz * concrete_slope(a, v, temperature, LOW, WIDTH)

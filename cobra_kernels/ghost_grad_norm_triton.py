@@ -17,6 +17,23 @@ from torch import Tensor
 
 
 @triton.jit
+def _gram_tile(ptr, offs_i, offs_j, T, D, stride_t, stride_d, BLOCK_D: tl.constexpr):
+    """Products of tokens i with tokens j of one example, over D features."""
+    mask_i = offs_i < T
+    mask_j = offs_j < T
+    rows = ptr + offs_i.to(tl.int64)[:, None] * stride_t
+    columns = ptr + offs_j.to(tl.int64)[None, :] * stride_t
+    acc = tl.full((offs_i.shape[0], offs_j.shape[0]), 0.0, tl.float32)
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        left = tl.load(rows + offs_d[None, :] * stride_d, mask=mask_i[:, None] & mask_d[None, :], other=0.0)
+        right = tl.load(columns + offs_d[:, None] * stride_d, mask=mask_d[:, None] & mask_j[None, :], other=0.0)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def _gram_kernel(
     x_ptr,
     dy_ptr,
@@ -42,27 +59,9 @@ def _gram_kernel(
     example = tl.program_id(2).to(tl.int64)
     offs_i = i * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_j = j * BLOCK_T + tl.arange(0, BLOCK_T)
-    mask_i = offs_i < T
-    mask_j = offs_j < T
     has_tokens = i * BLOCK_T < T  # an odd number of tiles leaves some pairs without
-    xx = tl.full((BLOCK_T, BLOCK_T), 0.0, tl.float32)
-    x_rows = x_ptr + example * stride_xb + offs_i.to(tl.int64)[:, None] * stride_xt
-    x_columns = x_ptr + example * stride_xb + offs_j.to(tl.int64)[None, :] * stride_xt
-    for d in range(0, tl.where(has_tokens, K, 0), BLOCK_D):
-        offs_d = d + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < K
-        left = tl.load(x_rows + offs_d[None, :] * stride_xk, mask=mask_i[:, None] & mask_d[None, :], other=0.0)
-        right = tl.load(x_columns + offs_d[:, None] * stride_xk, mask=mask_d[:, None] & mask_j[None, :], other=0.0)
-        xx = tl.dot(left, right, xx, input_precision="ieee")
-    yy = tl.full((BLOCK_T, BLOCK_T), 0.0, tl.float32)
-    y_rows = dy_ptr + example * stride_yb + offs_i.to(tl.int64)[:, None] * stride_yt
-    y_columns = dy_ptr + example * stride_yb + offs_j.to(tl.int64)[None, :] * stride_yt
-    for d in range(0, tl.where(has_tokens, N, 0), BLOCK_D):
-        offs_d = d + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < N
-        left = tl.load(y_rows + offs_d[None, :] * stride_yn, mask=mask_i[:, None] & mask_d[None, :], other=0.0)
-        right = tl.load(y_columns + offs_d[:, None] * stride_yn, mask=mask_d[:, None] & mask_j[None, :], other=0.0)
-        yy = tl.dot(left, right, yy, input_precision="ieee")
+    xx = _gram_tile(x_ptr + example * stride_xb, offs_i, offs_j, T, tl.where(has_tokens, K, 0), stride_xt, stride_xk, BLOCK_D)
+    yy = _gram_tile(dy_ptr + example * stride_yb, offs_i, offs_j, T, tl.where(has_tokens, N, 0), stride_yt, stride_yn, BLOCK_D)
     total = tl.reduce(tl.reduce(xx * yy, 1, tl.standard._sum_combine), 0, tl.standard._sum_combine) * tl.where(i == j, 1.0, 2.0)
     place = (example * half + b) * tl.num_programs(0) + a
     tl.store(partial_ptr + place, total)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from cobra_kernels import cuda_extension
+
 CSRC = Path(__file__).parents[1] / "csrc"
 FLAGS = ["-x", "c++", "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
 
@@ -18,4 +20,8 @@ def compile_for_host(source: str | Path, folder: Path) -> ctypes.CDLL:
     target = folder / f"{Path(source).name}.so"
     header = Path(__file__).with_name("cuda_host.h")
     subprocess.run(["g++", *FLAGS, "-include", header, "-I", CSRC, CSRC / source, "-o", target], check=True)
-    return ctypes.CDLL(str(target))
+    library = ctypes.CDLL(str(target))
+    for name, (restype, argtypes) in cuda_extension.SIGNATURES.items():
+        if hasattr(library, name):
+            getattr(library, name).restype, getattr(library, name).argtypes = restype, argtypes
+    return library

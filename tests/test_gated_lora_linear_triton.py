@@ -38,7 +38,9 @@ def triton_path():
     pytest.importorskip("triton")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cobra_kernels.gated_lora_launch.products", interpreted_copy("gated_lora_linear_triton"))
-        patch.setattr("cobra_kernels.gated_lora_launch.small", interpreted_copy("gated_lora_small_triton"))
+        patch.setattr(
+            "cobra_kernels.gated_lora_launch.small", interpreted_copy("gated_lora_small_triton", uses=("gates_math_triton",))
+        )
         patch.setattr(import_module("cobra_kernels.gated_lora_linear"), "_check_triton", lambda *operands: None)
         patch.setattr(configs, "pick_base_path", lambda *sizes: "fused")  # of layers this small, whatever is faster
         yield
