@@ -75,15 +75,21 @@ def measure(names: list[str], rounds: int | None) -> list[dict]:
 
 def table(rows) -> str:
     """Rows in Markdown, the work named once."""
-    lines, work = ["| work | | time | ratio | range | rounds |", "| --- | --- | --- | --- | --- | --- |"], None
+    lines, work = ["| work | | time | rate | ratio | range | rounds |", "| --- | --- | --- | --- | --- | --- | --- |"], None
     for row in rows:
         shown = "" if row["work"] == work else row["work"]
         work = row["work"]
         seconds = row["seconds"]
         duration = f"{seconds * 1e3:,.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:,.0f} µs"
         ratio, low, high = (shown_ratio(row[key]) for key in ("ratio", "ratio_low", "ratio_high"))
-        lines.append(f"| {shown} | {row['name']} | {duration} | {ratio} | {low} to {high} | {row['rounds']} |")
+        cells = shown, row["name"], duration, shown_rate(row), ratio, f"{low} to {high}", str(row["rounds"])
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def shown_rate(row: dict) -> str:
+    """Of work that is counted, in billions."""
+    return f"{row['rate'] / 1e9:,.1f} G{row['unit']}" if "rate" in row else ""
 
 
 def shown_ratio(ratio: float) -> str:

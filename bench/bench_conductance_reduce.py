@@ -50,8 +50,8 @@ def _at(name: str, features: int, dtype: torch.dtype, rounds: int) -> Comparison
         "cobra": lambda: conductance_reduce(h, grad, q),
         "plain torch, one einsum": lambda: conductance_reduce_ref(h, grad, q),
         "plain torch, a point at a time": point_by_point,
+        "torch.compile of it": torch.compile(point_by_point),
     }
     size = f"{EXAMPLES} × {TOKENS} × {features} {str(dtype).removeprefix('torch.')}"
-    return compare(
-        f"conductance_reduce, {name}, {size}, {read / 1e6:.0f} MB", "torch's sum of the same numbers", alternatives, rounds
-    )
+    work, yardstick = f"conductance_reduce, {name}, {size}, {read / 1e6:.0f} MB", "torch's sum of the same numbers"
+    return compare(work, yardstick, alternatives, rounds, amount=read, unit="B")

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 
 import peft
+import torch
 from torch import Tensor, nn
 
 import cobra
@@ -31,10 +32,13 @@ def run(rounds: int = 15) -> list[Comparison]:
             base, peft.AdaLoraConfig(init_r=8, target_r=4, total_step=1000, tinit=10, tfinal=10, target_modules=names)
         ),
     }
+    for name in ("cobra LoRA r=8", "peft LoRA r=8"):
+        alternatives[f"{name}, torch.compile"] = torch.compile(copy.deepcopy(alternatives[name]))
     steps = {name: forward_backward(model, inputs) for name, model in alternatives.items()}
     gated = {name: steps[name] for name in ("cobra LoRA r=16", "cobra gates r_max=16")}
+    flops = 4 * inputs["input_ids"].numel() * sum(site.weight.numel() for site in find_sites(base))  # forward, input gradients
     return [
-        compare("forward + backward, MiniLM 16 × 64", FROZEN, steps, rounds),
+        compare("forward + backward, MiniLM 16 × 64", FROZEN, steps, rounds, amount=flops, unit="FLOP"),
         compare("forward + backward with gates", "cobra LoRA r=16", gated, 2 * rounds),
     ]
 

@@ -30,6 +30,7 @@ def _at(B: int, T: int, K: int, N: int, rounds: int) -> Comparison:
             [(g.t() @ a).square().sum() for a, g in zip(x, dy, strict=True)]
         ),
     }
+    alternatives["torch.compile, all gradients at once"] = torch.compile(lambda: ghost_grad_norm_ref(x, dy))
     form = "Gram" if gram else "direct"
     work = f"ghost_grad_norm, {B} × {T} tokens, {K} → {N}, {form} form, {flops / 1e9:.2f} GFLOP"
-    return compare(work, "cobra", alternatives, rounds)
+    return compare(work, "cobra", alternatives, rounds, amount=flops, unit="FLOP")

@@ -29,6 +29,7 @@ def _at(B: int, T: int, D: int, rounds: int) -> Comparison:
         "write of the same bytes": lambda: written.fill_(1.0),
         "cobra": lambda: interpolate_path(x, baseline, alphas),
         "plain torch": plain,
+        "torch.compile": torch.compile(plain),
     }
     work = f"interpolate_path, {B} × {T} × {D}, {POINTS} points, {written.numel() * 4 / 1e6:.0f} MB"
-    return compare(work, "write of the same bytes", alternatives, rounds)
+    return compare(work, "write of the same bytes", alternatives, rounds, amount=written.numel() * 4, unit="B")

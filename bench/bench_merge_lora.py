@@ -55,7 +55,8 @@ def kernel(weights: Sequence[Tensor], ranks: Sequence[int], label: str, dtype: t
         "torch.addmm, a site at a time": merge_each,
     }
     name = str(dtype).removeprefix("torch.")
-    return compare(f"merge of {len(items)} MiniLM weights, {label}, {name}", COPY, alternatives, rounds)
+    moved = 2 * sum(item.weight.numel() * item.weight.element_size() for item in items)
+    return compare(f"merge of {len(items)} MiniLM weights, {label}, {name}", COPY, alternatives, rounds, amount=moved, unit="B")
 
 
 def adapted(base: nn.Module) -> cobra.Adapter:

@@ -22,18 +22,23 @@ class Timing:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Alternatives timed together; `ratio` compares round by round, which a slow moment does not spoil."""
+    """Alternatives timed together; `ratio` compares round by round, which a slow moment does not spoil.
+
+    amount, unit: what the work moves or computes at least, in "B" or "FLOP", the same for all; 0 where that is not counted
+    """
 
     work: str
     yardstick: str
     timings: tuple[Timing, ...]
+    amount: float = 0.0
+    unit: str = ""
 
     def ratios(self, name: str) -> list[float]:
         by_name = {t.name: t.seconds for t in self.timings}
         return [a / b for a, b in zip(by_name[name], by_name[self.yardstick], strict=True)]
 
     def rows(self) -> list[dict]:
-        """One row an alternative: median, and its ratio to the yardstick with the range over rounds."""
+        """One row an alternative: median, its ratio to the yardstick with the range over rounds, rate of what is counted."""
         rows = []
         for timing in self.timings:
             ratios = self.ratios(timing.name)
@@ -47,15 +52,22 @@ class Comparison:
                     "ratio_low": min(ratios),
                     "ratio_high": max(ratios),
                     "rounds": len(ratios),
+                    **({"rate": self.amount / timing.median, "unit": f"{self.unit}/s"} if self.amount else {}),
                 }
             )
         return rows
 
 
 def compare(
-    work: str, yardstick: str, alternatives: dict[str, Callable[[], object]], rounds: int, warmup: int = 2
+    work: str,
+    yardstick: str,
+    alternatives: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    amount: float = 0.0,
+    unit: str = "",
 ) -> Comparison:
-    """Runs every alternative once a round."""
+    """Runs every alternative once a round. amount, unit: as in `Comparison`."""
     for run in alternatives.values():
         for _ in range(warmup):
             run()
@@ -65,4 +77,4 @@ def compare(
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-    return Comparison(work, yardstick, tuple(Timing(n, tuple(s)) for n, s in seconds.items()))
+    return Comparison(work, yardstick, tuple(Timing(n, tuple(s)) for n, s in seconds.items()), amount, unit)

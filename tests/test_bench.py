@@ -25,7 +25,7 @@ def test_rows_are_brought_up_to_date(name, rows, tmp_path, capsys):
     capsys.readouterr()
     main([name, "--table", "--out", str(out)])
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 2 + rows and all(line.count("|") == 7 for line in printed)
+    assert len(printed) == 2 + rows and all(line.count("|") == 8 for line in printed)
 
 
 @pytest.mark.parametrize("arguments", [["nothing"], ["--table", "--out", "/nowhere.json"]])

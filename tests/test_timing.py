@@ -28,3 +28,10 @@ def test_what_an_alternative_raises_is_not_timed_away():
 
     with pytest.raises(ValueError, match="no"):
         compare("work", "a", {"a": fails}, rounds=1)
+
+
+def test_counted_work_has_a_rate():
+    timings = (Timing("a", (1.0, 2.0, 4.0)), Timing("b", (0.5, 0.5, 0.5)))
+    rows = Comparison("work", "a", timings, amount=8.0, unit="B").rows()
+    assert [(row["rate"], row["unit"]) for row in rows] == [(4.0, "B/s"), (16.0, "B/s")]
+    assert "rate" not in Comparison("work", "a", timings).rows()[0]
