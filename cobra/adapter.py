@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from cobra import checkpoint, distributed, shrink
 from cobra.budget import Budget, allocate
 from cobra.config import CobraConfig
 from cobra.deploy.cost import WORKSPACE
+from cobra.group import Group, cost_of_rank
 from cobra.linear import CobraLinear
 from cobra.lora import LoraAdapter, LoraLayer
 from cobra.merge import Merge, MergeReport, check_merge_options, merge_layers, merge_layers_in_place, probe_outputs
@@ -23,49 +23,6 @@ from cobra.plan import RankPlan, SitePlan, provenance, rank_cost
 from cobra.shared import SharedInputs
 from cobra.sites import Site, fingerprint
 from cobra_kernels import draw_words, gate_kl, gate_kl_sampled, gate_noise
-
-
-@dataclass(eq=False)
-class Group:
-    """Layers that share one vector of gates.
-
-    index: of the group in the Philox stream, fixed at attach
-    sites: the base model's sites; layers: their CobraLinears, several where modules share one weight
-    prior: logit of every gate's prior, exact in fp32
-    """
-
-    name: str
-    index: int
-    sites: list[Site]
-    layers: list[list[CobraLinear]]
-    prior: tuple[float, ...]
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """(K, N) of every site."""
-        return [(site.in_features, site.out_features) for site in self.sites]
-
-    @property
-    def all_layers(self) -> list[CobraLinear]:
-        return [layer for layers in self.layers for layer in layers]
-
-    @property
-    def gate(self) -> nn.Parameter | None:
-        return self.layers[0][0].lora_gate
-
-    @property
-    def noise(self) -> Tensor | None:
-        return self.layers[0][0].gate_noise
-
-    @property
-    def rank(self) -> int:
-        return self.layers[0][0].rank
-
-
-def cost_of_rank(sites: Sequence[Site], unit: str, element_size: int) -> int:
-    """What one rank of a group costs; of FLOPs, once for every module that multiplies with a weight."""
-    uses = [(s.in_features, s.out_features) for s in sites for _ in (s.modules if unit == "flops" else s.modules[:1])]
-    return rank_cost(unit, uses, element_size)
 
 
 class Adapter:

@@ -8,9 +8,10 @@ import zlib
 import torch
 from torch import nn
 
-from cobra.adapter import Adapter, Group, cost_of_rank
+from cobra.adapter import Adapter
 from cobra.budget import Budget, allocate
 from cobra.config import CobraConfig
+from cobra.group import Group, cost_of_rank
 from cobra.linear import CobraLinear
 from cobra.lora import LoraAdapter, LoraLayer, check_layer
 from cobra.prior import fuse, prior_logits

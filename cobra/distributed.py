@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 if TYPE_CHECKING:
-    from cobra.adapter import Group
+    from cobra.group import Group
 
 Results = tuple[dict[str, Tensor], dict]
 ZERO3 = "DeepSpeed ZeRO-3"
