@@ -5,6 +5,7 @@ import pytest
 from accuracy_rows import row
 
 from bench.accuracy.cells import Cell, differing, group, matrix, of_phase, sort_methods, stream
+from bench.accuracy.recipe import TEXTS
 
 
 def test_cells_and_methods_in_order():
@@ -20,13 +21,17 @@ def test_unknown_methods_come_last():
     assert sort_methods(["zeta", "cobra", "alpha", "lora", "lora"]) == ["lora", "cobra", "alpha", "zeta"]
 
 
-def test_conditions_that_vary_name_their_own_cells():
-    rows = [row(noise=noise, steps=300) for noise in (0.0, 0.2)] + [row(task="topics", steps=300)]
-    assert [cell.task for cell in group(rows)] == ["hyper, noise 0.0", "hyper, noise 0.2", "topics"]
+def test_unusual_conditions_have_cells_of_their_own():
+    rows = [row(), row(noise=0.2, steps=50), row(task="gcide", **TEXTS), row(task="gcide", **{**TEXTS, "steps": 90})]
+    found = [(cell.task, str(cell.place)) for cell in group(rows)]
+    assert found == [
+        ("hyper", "minilm, rank 2"), ("hyper", "minilm, rank 2, noise 0.2, steps 50"),
+        ("gcide", "smollm2, rank 2"), ("gcide", "smollm2, rank 2, steps 90"),
+    ]  # fmt: skip
 
 
 def test_two_rows_of_one_run_are_named():
-    with pytest.raises(ValueError, match=r"lora on hyper, rank 2, seed 0 has two final rows, .* differ in beta, lr; keep one"):
+    with pytest.raises(ValueError, match=r"lora on hyper, minilm, rank 2, seed 0 has two final rows, .* differ in beta, lr; keep one"):
         group([row(), row(lr=0.01, settings=(("beta", 1.0),))])
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from accuracy_rows import row
 
-from bench.accuracy.cells import METRIC, Cell
+from bench.accuracy.cells import METRIC, Cell, Place
 from bench.accuracy.intervals import holm
 from bench.accuracy.statistics import Choice, candidates, check_equal_budget, select_best, summarise, win_tie_loss
 
@@ -61,9 +61,9 @@ def test_holm_runs_over_the_cells_of_one_method():
 def test_wins_ties_and_losses():
     rows = study({"lora": 0.7, "cobra": 0.85, "plan": 0.7, "random": 0.55})
     found = win_tie_loss(summarise(rows, FEW).comparisons)
-    assert found["minilm", 2, "cobra"] == (2, 0, 0)
-    assert found["minilm", 8, "plan"] == (0, 2, 0)
-    assert found["minilm", 2, "random"] == (0, 0, 2)
+    assert found[Place("minilm", 2), "cobra"] == (2, 0, 0)
+    assert found[Place("minilm", 8), "plan"] == (0, 2, 0)
+    assert found[Place("minilm", 2), "random"] == (0, 0, 2)
 
 
 def test_shared_seeds_only():
@@ -93,6 +93,15 @@ def test_kinds_have_means_of_their_own():
     regression = next(m for m in found if m.kind == "regression" and m.method == "cobra")
     assert regression.level is None
     assert regression.tasks == 1 and regression.gain.mean > 0
+
+
+def test_conditions_have_means_of_their_own():
+    short = [row(m, t, seed=s, level=level, steps=50) for m, level in (("lora", 0.6), ("cobra", 0.5)) for t in ("hyper", "topics")
+             for s in range(5)]  # fmt: skip
+    found = summarise(study({"lora": 0.7, "cobra": 0.8}, ranks=(2,)) + short, FEW)
+    gains = {str(m.place): m.gain.mean for m in found.means if m.method == "cobra"}
+    assert gains == pytest.approx({"minilm, rank 2": 0.1, "minilm, rank 2, steps 50": -0.1})
+    assert list(map(str, found.places())) == list(gains)
 
 
 @pytest.mark.parametrize("task", ["foods", "gcide"])
@@ -145,7 +154,7 @@ def test_each_task_has_its_best():
     rows = search(hyper=[0.6, 0.8, 0.7], topics=[0.9, 0.8, 0.7], foods=[3.0, 2.0, 1.0])
     best = select_best(rows, "per task")
     assert {choice.task: config["lr"] for choice, config in best.items()} == {"hyper": 0.003, "topics": 0.001, "foods": 0.01}
-    config = best["minilm", "hyper", "cobra", 2]
+    config = best[Choice("minilm", "hyper", "cobra", 2)]
     assert config["examples"] == 2000 and not {"phase", "task", "seed"} & config.keys()
 
 
@@ -161,7 +170,7 @@ def test_one_choice_for_all_tasks():
 def test_kinds_choose_apart():
     rows = search(hyper=[0.8, 0.7, 0.5], foods=[4.0, 1.0, 2.0])
     best = select_best(rows, "over tasks")
-    assert best["minilm", None, "cobra", 2]["lr"] == 0.001 and best["minilm", "regression", "cobra", 2]["lr"] == 0.003
+    assert best[Choice("minilm", None, "cobra", 2)]["lr"] == 0.001 and best[Choice("minilm", "regression", "cobra", 2)]["lr"] == 0.003
 
 
 def test_methods_and_ranks_choose_apart():
@@ -174,7 +183,7 @@ def test_methods_and_ranks_choose_apart():
 
 def test_diverged_settings_are_not_chosen():
     rows = [*search(hyper=[0.6, 0.8, 0.7])[:2], row(lr=0.01, method="cobra", phase="search", seed=100, diverged=True)]
-    assert select_best(rows, "per task")["minilm", "hyper", "cobra", 2]["lr"] == 0.003
+    assert select_best(rows, "per task")[Choice("minilm", "hyper", "cobra", 2)]["lr"] == 0.003
     with pytest.raises(ValueError, match="all settings diverged"):
         select_best(rows[2:], "per task")
 
@@ -190,7 +199,7 @@ def test_the_test_split_is_out_of_reach():
 
 def test_unfinished_searches_are_refused():
     rows = search(hyper=[0.6, 0.8, 0.7], topics=[0.6, 0.8, 0.7])[:-1]
-    with pytest.raises(ValueError, match=r"cobra, rank 2, all tasks: settings lr 0\.01 have no run of topics seed 100"):
+    with pytest.raises(ValueError, match=r"cobra, minilm, rank 2, all tasks: settings lr 0\.01 have no run of topics seed 100"):
         select_best(rows, "over tasks")
     assert len(select_best(rows, "per task")) == 2
 
@@ -204,7 +213,7 @@ def test_rules_are_named():
 def test_equal_budgets():
     rows = [row(parameters=1000), row("cobra", parameters=1009), row("cobra", rank=8, parameters=4000)]
     check_equal_budget(rows)
-    with pytest.raises(ValueError, match=r"minilm, hyper, rank 2: adalora 980, cobra 1,009, lora 1,000 trainable"):
+    with pytest.raises(ValueError, match=r"hyper, minilm, rank 2: adalora 980, cobra 1,009, lora 1,000 trainable"):
         check_equal_budget([*rows, row("adalora", parameters=980)])
     check_equal_budget([*rows, row("dora", parameters=1300)], exempt=("dora",))
     check_equal_budget([*rows, row("dora", seed=1, diverged=True)])

@@ -83,8 +83,8 @@ def test_means_and_wins(rows, summary):
 def test_pairs_fold_by_method(rows, summary):
     text = tables.pairs(rows, summary)
     assert "<details><summary>cobra: 5 cells</summary>" in text and "<summary>dora: 1 cells</summary>" in text
-    assert "| minilm | hyper | 2 | 3 | +10.00 |" in text and "| win |" in text
-    assert "| minilm | hyper | 2 | 2† |" in text
+    assert "| hyper | minilm, rank 2 | 3 | +10.00 |" in text and "| win |" in text
+    assert "| hyper | minilm, rank 2 | 2† |" in text
 
 
 def test_calibration_means_need_every_task(rows, summary):
@@ -113,18 +113,18 @@ def test_language_tables():
 
 def test_budget(rows, summary):
     line = next(line for line in tables.budget(rows, summary).splitlines() if "| dora |" in line)
-    assert line == "| minilm | 2 | dora | 1,250 | +25.00 | 100 |"
+    assert line == "| minilm, rank 2 | dora | 1,250 | +25.00 | 100 |"
 
 
 def test_cost(rows, summary):
     """(4 + 14) / (4 + 10), over 9 pairs of three tasks and three seeds."""
-    line = next(line for line in tables.cost(rows, summary).splitlines() if "| 2 | cobra |" in line)
-    assert line == "| minilm | 2 | cobra | 4.0 | 14.0 | 2.0 | 1.29 (9) | 900 |"
+    line = next(line for line in tables.cost(rows, summary).splitlines() if "rank 2 | cobra |" in line)
+    assert line == "| minilm, rank 2 | cobra | 4.0 | 14.0 | 2.0 | 1.29 (9) | 900 |"
 
 
 def test_cost_of_other_machines_is_not_compared(rows):
     moved = [{**r, "machine": "another"} if r.get("method") == "cobra" else r for r in rows]
-    line = next(line for line in tables.cost(moved, summarise(moved, FEW)).splitlines() if "| 2 | cobra |" in line)
+    line = next(line for line in tables.cost(moved, summarise(moved, FEW)).splitlines() if "rank 2 | cobra |" in line)
     assert "| – (0) |" in line
 
 

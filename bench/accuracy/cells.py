@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from bench.accuracy.metrics import unpack_per_example
+from bench.accuracy.recipe import TEXTS, Recipe
 
 METRIC = {"classification": "accuracy", "regression": "mse", "language": "nll"}
 BASELINE = "lora"
-# what belongs to the task rather than to a method, and names a cell of its own where it varies
+# what belongs to the task rather than to a method; cells in which it is not the usual say so
 CONDITIONS = ("examples", "noise", "steps", "batch_size", "max_length")
 ORDER = (
-    "lora", "rslora", "loraplus", "dora", "eva", "adalora", "uniform", "random", "plan", "paper", "cobra",
+    "lora", "rslora", "loraplus", "dora", "eva", "adalora", "uniform", "random", "plan", "paper", "cobra", "full",
 )  # fmt: skip
+
+
+class Place(NamedTuple):
+    """What cells of one table have in common. condition: "" for the usual ones, or what is unusual, as "steps 50"."""
+
+    model: str
+    rank: float
+    condition: str = ""
+
+    def __str__(self) -> str:
+        return ", ".join([self.model, f"rank {self.rank:g}", *filter(None, [self.condition])])
 
 
 class Cell(NamedTuple):
@@ -26,6 +39,11 @@ class Cell(NamedTuple):
     model: str
     task: str
     rank: float
+    condition: str = ""
+
+    @property
+    def place(self) -> Place:
+        return Place(self.model, self.rank, self.condition)
 
 
 Runs = dict[int, dict]
@@ -55,38 +73,29 @@ def higher_is_better(kind: str) -> bool:
     return kind == "classification"
 
 
-def task_label(rows: Sequence[dict]) -> Callable[[dict], str]:
-    """Names tasks; with the conditions in which rows of one task differ."""
-    found = defaultdict(set)
+def condition_of(row: dict) -> str:
+    """Names and values of the conditions that are not the usual ones of the row's kind of task, as "steps 50"."""
+    usual = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    usual |= TEXTS if row.get("kind") == "language" else {}
+    unusual = [name for name in CONDITIONS if row["config"].get(name, usual[name]) != usual[name]]
+    return ", ".join(f"{name.replace('_', ' ')} {row['config'][name]}" for name in unusual)
+
+
+def cell_of(row: dict) -> Cell:
+    return Cell(row["model"], row["task"], row["average_rank"], condition_of(row))
+
+
+def group(rows: Sequence[dict]) -> dict[Cell, dict[str, Runs]]:
+    """Cell → method → seed → row. Raises ValueError where a method has two rows of one seed."""
+    cells = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        for name in CONDITIONS:
-            found[row["task"], name].add(row["config"].get(name))
-
-    def label(row: dict) -> str:
-        varied = [name for name in CONDITIONS if len(found[row["task"], name]) > 1]
-        return ", ".join([row["task"], *(f"{name.replace('_', ' ')} {row['config'].get(name)}" for name in varied)])
-
-    return label
-
-
-def cell_of(row: dict, label: Callable[[dict], str]) -> Cell:
-    return Cell(row["model"], label(row), row["average_rank"])
-
-
-def group(rows: Sequence[dict], label: Callable[[dict], str] | None = None) -> dict[Cell, dict[str, Runs]]:
-    """Cell → method → seed → row. Raises ValueError where a method has two rows of one seed.
-
-    label: names tasks; by default from these rows
-    """
-    label, cells = label or task_label(rows), defaultdict(lambda: defaultdict(dict))
-    for row in rows:
-        cell = cell_of(row, label)
+        cell = cell_of(row)
         runs = cells[cell][row["method"]]
         other = runs.setdefault(row["seed"], row)
         if other is not row:
             differ = sorted(differing(other["config"], row["config"]))
             raise ValueError(
-                f"{row['method']} on {cell.task}, rank {cell.rank:g}, seed {row['seed']} has two {row['phase']} rows, "
+                f"{row['method']} on {cell.task}, {cell.place}, seed {row['seed']} has two {row['phase']} rows, "
                 f"{other['key']} and {row['key']}, which differ in {', '.join(differ) or 'nothing'}; keep one"
             )
     return {cell: {m: dict(sorted(cells[cell][m].items())) for m in sort_methods(cells[cell])} for cell in sorted(cells)}

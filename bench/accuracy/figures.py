@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
-from bench.accuracy.cells import of_phase, sort_methods
+from bench.accuracy.cells import Cell, of_phase, sort_methods
 from bench.accuracy.statistics import Summary, candidates
 from cobra import storage
 
@@ -35,6 +35,7 @@ STYLES = {
     "plan": ("#2e86c1", "D", "--"),
     "paper": ("#2e86c1", "s", ":"),
     "cobra": ("#2e86c1", "o", "-"),
+    "full": ("#7f868e", "X", ":"),
 }
 OTHER = ("#c2558f", "X", "-")
 STYLE = {
@@ -67,7 +68,7 @@ Points = list[dict]
 def accuracy_by_rank(rows: Sequence[dict], summary: Summary) -> Points:
     """Level and interval of every method, by task and rank."""
     return [
-        {"panel": _panel(summary, cell.model, cell.task), "kind": summary.kind(cell), "method": method, "rank": cell.rank}
+        {"panel": _panel(summary, cell), "kind": summary.kind(cell), "method": method, "rank": cell.rank}
         | _rounded(mean=found.mean, low=found.low, high=found.high)
         for (cell, method), found in sorted(summary.levels.items(), key=lambda item: item[0])
     ]
@@ -97,8 +98,8 @@ def draw_accuracy_by_rank(points: Points) -> Figure:
 def differences(rows: Sequence[dict], summary: Summary) -> Points:
     """Gains over LoRA with intervals, and whether they are significant after Holm's correction."""
     return [
-        {"method": c.method, "kind": c.kind, "label": f"{_panel(summary, c.cell.model, c.cell.task)}, r = {c.cell.rank:g}"}
-        | {"verdict": c.verdict, "order": [c.cell.model, c.cell.task, c.cell.rank]}
+        {"method": c.method, "kind": c.kind, "label": f"{_panel(summary, c.cell)}, r = {c.cell.rank:g}"}
+        | {"verdict": c.verdict, "order": [c.cell.model, c.cell.condition, c.cell.task, c.cell.rank]}
         | _rounded(mean=100 * c.gain.mean, low=100 * c.gain.low, high=100 * c.gain.high)
         for c in summary.comparisons
     ]
@@ -141,7 +142,8 @@ def learning_rates(rows: Sequence[dict], summary: Summary) -> Points:
                 best[choice, candidate.config["lr"]] = value
     several = len({choice.model for choice, _ in best}) > 1
     return [
-        {"panel": f"{choice.task}, r = {choice.rank:g}" + (f", {choice.model}" if several else ""), "kind": kinds[choice.task]}
+        {"panel": _joined(choice.task, f"r = {choice.rank:g}", choice.condition, choice.model if several else "")}
+        | {"kind": kinds[choice.task]}
         | {"method": choice.method, "lr": lr}
         | _rounded(value=value)
         for (choice, lr), value in sorted(best.items(), key=lambda item: (str(item[0][0]), item[0][1]))
@@ -212,8 +214,13 @@ def is_current(name: str, points: Points, folder: Path) -> bool:
     return path.is_file() and f"points {digest(points)}" in path.read_text(encoding="utf-8")
 
 
-def _panel(summary: Summary, model: str, task: str) -> str:
-    return f"{task}, {model}" if len({cell.model for cell in summary.runs}) > 1 else task
+def _panel(summary: Summary, cell: Cell) -> str:
+    several = len({cell.model for cell in summary.runs}) > 1
+    return _joined(cell.task, cell.model if several else "", cell.condition)
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(filter(None, parts))
 
 
 def _rounded(**values: float) -> dict[str, float | None]:

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from bench.accuracy.recipe import PHASES, Recipe
+from bench.accuracy.recipe import PHASES, TEXTS, Recipe
 from bench.accuracy.rows import append_row, claim, read_rows
 from bench.accuracy.run import Diverged, run
 from bench.accuracy.statistics import select_best
 from bench.accuracy.tasks import kind_of
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-FURTHER = {"adalora": (1.6e-2,)}  # where the best of them was the last
-FURTHER_REGRESSION = {"lora": (1.6e-2,), "adalora": (1.6e-2, 3.2e-2)}
 SEEDS = (0, 1, 2, 3, 4)
 PEERS = ("lora", "cobra", "adalora")
 METHODS = (*PEERS, "paper")
+VARIANTS = ("dora", "eva")
 LIKE = {"random": "lora"}  # controls take the rate of the method that they are plain forms of
 SEARCH_SEED = 100  # of no final run
 TASKS = ("supersense", "rt", "crowd", "kotz", "trec")
@@ -32,6 +31,8 @@ SEARCH_TASKS = ("supersense", "rt", "trec")
 REGRESSIONS = ("tweets", "amazon")
 LANGUAGE = ("gcide",)
 FACTOR_TASKS = ("supersense", "rt")
+SHORT = {"steps": 50}
+LONG = {"steps": 600}
 
 # what the forms differ in is spelled out, so that their rows keep their meaning when these defaults change
 PAPER = {
@@ -58,17 +59,6 @@ COBRA = {
     "cut": 0.4,
 }
 SETTINGS = {"paper": PAPER, "cobra": COBRA}
-TEXTS = {
-    "model": "smollm2",
-    "examples": 1000,
-    "steps": 60,
-    "batch_size": 4,
-    "max_length": 128,
-    "calibration_examples": 16,
-    "path_points": 6,
-    "validation_examples": 48,
-    "test_examples": 128,
-}
 # below rank 1 LoRA has to choose layers: its usual choice, at rank 1
 FEW_LAYERS = {
     "lora": {"layers": "query,value"},
@@ -135,21 +125,26 @@ FACTOR_REFERENCE = {
 }
 
 
+# tasks, average rank, conditions, learning rates of every method
+SEARCHES = (
+    (SEARCH_TASKS, 2, {}, {"lora": RATES, "cobra": RATES, "adalora": (*RATES, 1.6e-2), "paper": RATES}),
+    (REGRESSIONS[:1], 2, {}, {"lora": (*RATES[1:], 1.6e-2), "cobra": RATES[1:], "adalora": (*RATES[1:], 1.6e-2, 3.2e-2)}),
+    # rank 8 has a search of its own: the best rates of rank 2 are too high there
+    (REGRESSIONS[:1], 8, {}, {"lora": RATES[1:], "cobra": RATES[1:], "adalora": (*RATES[1:], 1.6e-2)}),
+    (SEARCH_TASKS, 8, {}, {"lora": RATES[1:4], "cobra": RATES[:4], "adalora": (*RATES[1:], 1.6e-2)}),
+    (SEARCH_TASKS, 2, {}, {"full": (2.5e-5, 5e-5, 1e-4, 2e-4)}),
+    (SEARCH_TASKS, 2, SHORT, {"lora": RATES[2:], "cobra": RATES[2:], "adalora": (*RATES[2:], 1.6e-2)}),
+    (SEARCH_TASKS, 2, {}, dict.fromkeys(VARIANTS, RATES[2:])),
+    (REGRESSIONS[:1], 2, LONG, {"lora": RATES[2:], "cobra": RATES[1:4]}),
+    (LANGUAGE, 2, {}, dict.fromkeys(PEERS, RATES[3:])),
+)
+
+
 def search() -> Iterator[Recipe]:
-    """The same learning rates for every method, and more until they get worse; on validation, at the small budget."""
-    for method in METHODS:
-        for task in SEARCH_TASKS:
-            for rate in (*RATES, *FURTHER.get(method, ())):
-                yield _recipe("search", task, method, 2, rate, SEARCH_SEED)
-    for method in PEERS:
-        for rate in (*RATES[1:], *FURTHER_REGRESSION.get(method, ())):
-            yield _recipe("search", REGRESSIONS[0], method, 2, rate, SEARCH_SEED)
-    for method in PEERS:  # rank 8 has a search of its own: the best rates of rank 2 end in a constant there
-        for rate in (*RATES[1:], *FURTHER.get(method, ())):
-            yield _recipe("search", REGRESSIONS[0], method, 8, rate, SEARCH_SEED)
-    for rate in RATES[3:]:
-        for method in PEERS:
-            yield _recipe("search", LANGUAGE[0], method, 2, rate, SEARCH_SEED)
+    """Learning rates on validation, doubled on both sides until they get worse for every method."""
+    for study in SEARCHES:
+        for _, planned in _searched(*study):
+            yield from planned
 
 
 def factor() -> Iterator[Recipe]:
@@ -166,14 +161,10 @@ def factor() -> Iterator[Recipe]:
 def ablation() -> Iterator[Recipe]:
     """On validation: COBRA's form without each of its parts, on a regression; the published form with and without each of
     them, on classification."""
-    seeds = range(SEARCH_SEED, SEARCH_SEED + 3)
-    rates = {(kind_of(recipe.task), recipe.method): recipe.lr for recipe in final()}
-    studies = (
-        (REGRESSIONS, ("regression", "cobra"), COBRA, PARTS),
-        (FACTOR_TASKS, ("classification", "paper"), PAPER, ABLATIONS),
-    )
+    seeds, rows = range(SEARCH_SEED, SEARCH_SEED + 3), read_rows()
+    studies = ((REGRESSIONS, "cobra", COBRA, PARTS), (FACTOR_TASKS, "paper", PAPER, ABLATIONS))
     for tasks, searched, form, changes in studies:
-        if rate := rates.get(searched):
+        if rate := _rates(rows, kind_of(tasks[0]), 2, {}).get(searched):
             for seed in seeds:
                 for change in changes:
                     for task in tasks:
@@ -181,39 +172,51 @@ def ablation() -> Iterator[Recipe]:
 
 
 def final() -> Iterator[Recipe]:
-    """Every method at the rate that its search found for this kind of task, on test."""
+    """Every method at the rate that its search found for this kind of task, rank and conditions, on test."""
     few, rows = SEEDS[:3], read_rows()
     cells = (
-        (TASKS, 2, PEERS, SEEDS),
-        (REGRESSIONS, 2, PEERS, SEEDS),
-        (REGRESSIONS, 8, PEERS, few),
-        (TASKS, 8, PEERS, SEEDS),
-        (LANGUAGE, 2, PEERS, few),
-        (TASKS, 2, ("paper",), few),
-        (TASKS, TIGHT, ("lora", "cobra", "random"), few),
-        (TASKS, 32, PEERS, few),
-        (TASKS, 8, ("paper",), few),
+        (TASKS, 2, {}, PEERS, SEEDS),
+        (REGRESSIONS, 2, {}, PEERS, SEEDS),
+        (TASKS, 8, {}, PEERS, SEEDS),
+        (REGRESSIONS, 8, {}, PEERS, SEEDS),
+        (TASKS, 2, {}, ("full",), few),
+        (TASKS, 2, SHORT, PEERS, few),
+        (TASKS, 2, {}, VARIANTS, few),
+        (TASKS, 2, {}, ("paper",), few),
+        (REGRESSIONS, 2, LONG, PEERS[:2], few),
+        (TASKS, TIGHT, {}, ("lora", "cobra", "random"), few),
+        (LANGUAGE, 2, {}, PEERS, few),
     )
-    for tasks, rank, methods, seeds in cells:
-        rates = _rates(rows, kind_of(tasks[0]), rank)
+    for tasks, rank, conditions, methods, seeds in cells:
+        rates = _rates(rows, kind_of(tasks[0]), 2 if rank == TIGHT else rank, conditions)
         for seed in seeds:
             for task in tasks:
                 for method in methods:
                     if rate := rates.get(LIKE.get(method, method)):
-                        yield _recipe("final", task, method, rank, rate, seed)
+                        yield _recipe("final", task, method, rank, rate, seed, **conditions)
 
 
-def _rates(rows: list[dict], kind: str, rank: float) -> dict[str, float]:
-    """Method -> learning rate with the best mean over the tasks of this kind that were searched, at this rank or else at 2."""
-    searched = [row for row in rows if row["phase"] == "search" and kind_of(row["config"]["task"]) == kind]
-    own = [row for row in searched if row["config"]["average_rank"] == rank]
-    of_small = [row for row in searched if row["config"]["average_rank"] == 2]
-    return {choice.method: config["lr"] for choice, config in select_best(own or of_small, "over tasks").items()}
+def _rates(rows: list[dict], kind: str, rank: float, conditions: dict) -> dict[str, float]:
+    """Method -> learning rate with the best mean over the tasks that were searched, of methods whose search is finished."""
+    found, finished = {row["key"]: row for row in rows}, []
+    for study in SEARCHES:
+        if (kind_of(study[0][0]), *study[1:3]) == (kind, rank, conditions):
+            for _, planned in _searched(*study):
+                keys = [recipe.key for recipe in planned]
+                finished += [found[key] for key in keys] if found.keys() >= set(keys) else []
+    return {choice.method: config["lr"] for choice, config in select_best(finished, "over tasks").items()}
 
 
-def _recipe(phase: str, task: str, method: str, rank: float, rate: float, seed: int) -> Recipe:
+def _searched(tasks: Sequence[str], rank: float, conditions: dict, rates: dict) -> Iterator[tuple[str, list[Recipe]]]:
+    """Method and the runs of its search."""
+    for method, tried in rates.items():
+        each = [(task, rate) for task in tasks for rate in tried]
+        yield method, [_recipe("search", task, method, rank, rate, SEARCH_SEED, **conditions) for task, rate in each]
+
+
+def _recipe(phase: str, task: str, method: str, rank: float, rate: float, seed: int, **conditions: object) -> Recipe:
     settings = (FEW_LAYERS if rank == TIGHT else SETTINGS).get(method, {})
-    common = {"settings": tuple(settings.items())} | (TEXTS if task in LANGUAGE else {})
+    common = {"settings": tuple(settings.items())} | (TEXTS if task in LANGUAGE else {}) | conditions
     return Recipe(phase, task, method, rank, rate, seed, **common)
 
 

@@ -3,6 +3,7 @@
 peft     lora, rslora, dora, loraplus, adalora, eva
 COBRA    cobra (defaults, or whatever the recipe's settings say), paper (the published form), plan (ranks from the scores
          alone, then plain LoRA), uniform and random (the same training without scores)
+full     every weight of the same linear layers: no peer at an equal budget, but what rank could reach at most
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ SCALING = 2.0
 HEAD = "classifier"
 PEFT = ("lora", "rslora", "dora", "loraplus", "adalora", "eva")
 COBRA = ("cobra", "paper", "plan", "uniform", "random")
-METHODS = PEFT + COBRA
+FULL = "full"
+METHODS = (*PEFT, *COBRA, FULL)
 CUT = 0.4  # of the steps, after which the gates are cut where a recipe does not say
 
 
@@ -59,6 +61,8 @@ def attach(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None, b
         return _peft(recipe, model, batches)
     if recipe.method in COBRA:
         return _cobra(recipe, model, scores)
+    if recipe.method == FULL:
+        return _full(recipe, model)
     raise ValueError(f"method={recipe.method!r} is not one of {', '.join(METHODS)}")
 
 
@@ -115,6 +119,18 @@ def _peft(recipe: Recipe, model: nn.Module, batches: Callable[[], Sequence]) -> 
         return sum(p.numel() for name, p in wrapped.named_parameters() if "lora_" in name)
 
     return Attached(wrapped, optimizer, ranks, parameters)
+
+
+def _full(recipe: Recipe, model: nn.Module) -> Attached:
+    sites = find_sites(model)
+    weights = [model.get_submodule(site.name).weight for site in sites]
+    model.requires_grad_(False)
+    heads = list(getattr(model, HEAD).parameters()) if hasattr(model, HEAD) else []
+    for parameter in (*weights, *heads):
+        parameter.requires_grad_()
+    optimizer = AdamW([*weights, *heads], recipe.lr, weight_decay=0.0, fused=True)
+    ranks = {site.name: min(site.in_features, site.out_features) for site in sites}
+    return Attached(model, optimizer, lambda: ranks, lambda: sum(weight.numel() for weight in weights))
 
 
 def _peft_optimizer(model: nn.Module, lr: float, ratio: float = 1.0) -> Optimizer:

@@ -8,6 +8,18 @@ import json
 from dataclasses import dataclass
 
 PHASES = ("search", "factor", "ablation", "final")
+# of dictionary text and worked answers, with SmolLM2, where other tasks have the defaults below
+TEXTS = {
+    "model": "smollm2",
+    "examples": 1000,
+    "steps": 60,
+    "batch_size": 4,
+    "max_length": 128,
+    "calibration_examples": 16,
+    "path_points": 6,
+    "validation_examples": 48,
+    "test_examples": 128,
+}
 LATER = ("validation_examples", "test_examples")  # fields that keys of older rows lack: at None they are left out
 
 

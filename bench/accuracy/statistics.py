@@ -22,8 +22,10 @@ from bench.accuracy.cells import (
     BASELINE,
     METRIC,
     Cell,
+    Place,
     Runs,
     cell_of,
+    condition_of,
     differing,
     flat,
     group,
@@ -32,7 +34,6 @@ from bench.accuracy.cells import (
     of_phase,
     sort_methods,
     stream,
-    task_label,
     with_fields,
 )
 from bench.accuracy.intervals import RESAMPLES, Estimate, estimates, holm, mean_of, relative
@@ -54,10 +55,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class MeanOverTasks:
-    """A method over all tasks of a kind at one rank. level: mean accuracy, None for losses; gain: None for LoRA itself."""
+    """A method over all tasks of a kind at one place. level: mean accuracy, None for losses; gain: None for LoRA itself."""
 
-    model: str
-    rank: float
+    place: Place
     kind: str
     method: str
     tasks: int
@@ -82,13 +82,13 @@ class Summary:
     def kind(self, cell: Cell) -> str:
         return _kind(self.runs[cell])
 
-    def settings(self) -> list[tuple[str, float]]:
-        """Models and ranks."""
-        return sorted({(cell.model, cell.rank) for cell in self.runs})
+    def places(self) -> list[Place]:
+        """The usual conditions first."""
+        return sorted({cell.place for cell in self.runs}, key=lambda place: (place.condition, place))
 
-    def cells(self, model: str, rank: float) -> list[Cell]:
+    def cells(self, place: Place) -> list[Cell]:
         """Classification first."""
-        return sorted((c for c in self.runs if (c.model, c.rank) == (model, rank)), key=lambda c: (self.kind(c), c))
+        return sorted((cell for cell in self.runs if cell.place == place), key=lambda cell: (self.kind(cell), cell))
 
     def methods(self, cells: Sequence[Cell]) -> list[str]:
         finished = {method for cell in cells for method in self.runs[cell]}
@@ -98,8 +98,7 @@ class Summary:
 def summarise(rows: Sequence[dict], resamples: int = RESAMPLES) -> Summary:
     """Levels, gains and means of the rows of phase "final"."""
     finished, diverged = of_phase(rows, "final"), of_phase(rows, "final", diverged=True)
-    label = task_label([*finished, *diverged])
-    runs, failed = group(finished, label), Counter((cell_of(row, label), row["method"]) for row in diverged)
+    runs, failed = group(finished), Counter((cell_of(row), row["method"]) for row in diverged)
     levels, comparisons = {}, []
     by_stream = defaultdict(list)
     for cell in runs:
@@ -115,12 +114,12 @@ def summarise(rows: Sequence[dict], resamples: int = RESAMPLES) -> Summary:
     return Summary(runs, failed, levels, comparisons, _means(runs, levels, comparisons))
 
 
-def win_tie_loss(comparisons: Iterable[Comparison]) -> dict[tuple[str, float, str], tuple[int, int, int]]:
-    """(model, rank, method): number of cells won, tied and lost against LoRA."""
+def win_tie_loss(comparisons: Iterable[Comparison]) -> dict[tuple[Place, str], tuple[int, int, int]]:
+    """(place, method): number of cells won, tied and lost against LoRA."""
     counts = defaultdict(lambda: {"win": 0, "tie": 0, "loss": 0})
     for comparison in comparisons:
         if comparison.verdict:
-            counts[comparison.cell.model, comparison.cell.rank, comparison.method][comparison.verdict] += 1
+            counts[comparison.cell.place, comparison.method][comparison.verdict] += 1
     return {key: (found["win"], found["tie"], found["loss"]) for key, found in counts.items()}
 
 
@@ -131,6 +130,7 @@ class Choice(NamedTuple):
     task: str | None
     method: str
     rank: float
+    condition: str = ""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,8 @@ def candidates(rows: Iterable[dict], rule: str) -> dict[Choice, list[Candidate]]
         if row.get("test") is not None:
             raise ValueError(f"row {row['key']} of the search has seen the test split; run it again on validation alone")
         over = None if row["kind"] == "classification" else row["kind"]
-        choice = Choice(row["model"], row["task"] if rule == "per task" else over, row["method"], row["average_rank"])
+        where = row["average_rank"], condition_of(row)
+        choice = Choice(row["model"], row["task"] if rule == "per task" else over, row["method"], *where)
         config = {k: v for k, v in row["config"].items() if k not in ("phase", "task", "seed")}
         found[choice][json.dumps(config, sort_keys=True)][row["task"], row["seed"]] = row
     return {choice: _ranked(tried) for choice, tried in sorted(found.items(), key=lambda item: (item[0][0], str(item[0])))}
@@ -177,7 +178,7 @@ def select_best(rows: Iterable[dict], rule: str) -> dict[Choice, dict]:
     """
     chosen = {}
     for choice, tried in candidates(rows, rule).items():
-        where = f"{choice.method}, rank {choice.rank:g}, {choice.task or 'all tasks'}"
+        where = f"{choice.method}, {Place(choice.model, choice.rank, choice.condition)}, {choice.task or 'all tasks'}"
         for candidate in tried:
             if candidate.missing:
                 settings, missing = describe(candidate.config, tried[0].config), ", ".join(candidate.missing)
@@ -202,7 +203,7 @@ def check_equal_budget(rows: Iterable[dict], tolerance: float = 0.01, exempt: Co
     """
     wrong = []
     for cell, methods in group([with_fields(row) for row in rows if "diverged" not in row]).items():
-        where = f"{cell.model}, {cell.task}, rank {cell.rank:g}"
+        where = f"{cell.task}, {cell.place}"
         heads = {(method, row["head_parameters"]) for method, runs in methods.items() for row in runs.values()}
         if len({head for _, head in heads}) > 1:
             wrong.append(f"{where}: heads of {_listed(heads)} parameters")
@@ -240,15 +241,16 @@ def _gain(methods: dict[str, Runs], method: str) -> np.ndarray:
 def _corrected(found: list) -> list:
     """With Holm's p over all that one method of one model has."""
     out = list(found)
-    for model, method in {(_model(c), c.method) for c in found}:
-        family = [i for i, c in enumerate(found) if (_model(c), c.method) == (model, method) and c.gain is not None]
+    for model, method in {(_place(c).model, c.method) for c in found}:
+        mine = [i for i, c in enumerate(found) if (_place(c).model, c.method) == (model, method)]
+        family = [i for i in mine if found[i].gain is not None]
         for i, p in zip(family, holm([found[i].gain.p for i in family]), strict=True):
             out[i] = replace(found[i], corrected=p)
     return out
 
 
-def _model(found: Comparison | MeanOverTasks) -> str:
-    return found.cell.model if isinstance(found, Comparison) else found.model
+def _place(found: Comparison | MeanOverTasks) -> Place:
+    return found.cell.place if isinstance(found, Comparison) else found.place
 
 
 def _verdict(comparison: Comparison) -> str:
@@ -264,16 +266,16 @@ def _means(runs, levels, comparisons) -> list[MeanOverTasks]:
     gains = {(c.cell, c.method): c.gain for c in comparisons}
     by_kind = defaultdict(list)
     for cell in runs:
-        by_kind[cell.model, cell.rank, _kind(runs[cell])].append(cell)
+        by_kind[cell.place, _kind(runs[cell])].append(cell)
     means = []
-    for (model, rank, kind), cells in sorted(by_kind.items()):
+    for (place, kind), cells in sorted(by_kind.items(), key=lambda item: (item[0][0].condition, item[0])):
         for method in sort_methods(method for cell in cells for method in runs[cell]):
             level = [levels[cell, method] for cell in cells if (cell, method) in levels]
             gain = [gains[cell, method] for cell in cells if (cell, method) in gains]
             if len(level) == len(cells):
                 shown = mean_of(level) if kind == "classification" else None
                 compared = mean_of(gain) if len(gain) == len(cells) else None
-                means.append(MeanOverTasks(model, rank, kind, method, len(cells), shown, compared))
+                means.append(MeanOverTasks(place, kind, method, len(cells), shown, compared))
     return _corrected(means)
 
 

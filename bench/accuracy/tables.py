@@ -10,7 +10,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from bench.accuracy.cells import BASELINE, Cell, Runs, of_phase, sort_methods
+from bench.accuracy.cells import BASELINE, Cell, Place, Runs, of_phase, sort_methods
 from bench.accuracy.factors import Effect, effects
 from bench.accuracy.formats import (
     EMPTY,
@@ -54,21 +54,21 @@ def runs(rows: Sequence[dict], summary: Summary) -> str:
 def main(rows: Sequence[dict], summary: Summary) -> str:
     """Test accuracy or loss: methods down, tasks across, one table a rank; the mean is that of accuracies."""
 
-    def table(model: str, rank: float, cells: list[Cell]) -> str:
-        means = {m.method: m.level for m in summary.means if (m.model, m.rank, m.kind) == (model, rank, "classification")}
+    def table(cells: list[Cell]) -> str:
+        means = {m.method: m.level for m in summary.means if (m.place, m.kind) == (cells[0].place, "classification")}
         header = ["method", *(f"{cell.task} ({LEVEL[summary.kind(cell)]})" for cell in cells), "mean accuracy"]
         return markdown(
             header,
             [(m, *(_level(summary, cell, m) for cell in cells), percent(means.get(m))) for m in summary.methods(cells)],
         )
 
-    return _by_rank(summary, table)
+    return _by_place(summary, table)
 
 
 def secondary(rows: Sequence[dict], summary: Summary) -> str:
     """The other metrics of predictions, means over seeds."""
 
-    def table(model: str, rank: float, cells: list[Cell]) -> str:
+    def table(cells: list[Cell]) -> str:
         names = {cell: SECONDARY[summary.kind(cell)] for cell in cells if SECONDARY[summary.kind(cell)]}
         header = ["method", *(f"{cell.task} ({' / '.join(of.values())})" for cell, of in names.items())]
         found = summary.runs
@@ -76,13 +76,13 @@ def secondary(rows: Sequence[dict], summary: Summary) -> str:
             header, [(m, *(_metrics(found[cell].get(m), of) for cell, of in names.items())) for m in summary.methods(cells)]
         )
 
-    return _by_rank(summary, table)
+    return _by_place(summary, table)
 
 
 def calibration(rows: Sequence[dict], summary: Summary) -> str:
     """NLL, ECE and Brier score by task, and their means over classification tasks with the interval over seeds."""
 
-    def table(model: str, rank: float, cells: list[Cell]) -> str:
+    def table(cells: list[Cell]) -> str:
         cells = [cell for cell in cells if summary.kind(cell) == "classification"]
         header = [
             "method",
@@ -96,7 +96,7 @@ def calibration(rows: Sequence[dict], summary: Summary) -> str:
             out.append((method, *(_metrics(each, CALIBRATION) for each in found), *means))
         return markdown(header, out)
 
-    return _by_rank(summary, table)
+    return _by_place(summary, table)
 
 
 def means(rows: Sequence[dict], summary: Summary) -> str:
@@ -108,26 +108,25 @@ def means(rows: Sequence[dict], summary: Summary) -> str:
             unit = _unit(found.kind)
             gain = [_signed(found.gain, unit), interval(found.gain, unit), p_value(found.gain.p), p_value(found.corrected)]
         tasks = f"{found.tasks} × {found.kind}"
-        out.append((found.model, f"{found.rank:g}", tasks, found.method, percent(found.level), *gain))
-    header = ("model", "rank", "tasks", "method", "mean accuracy", "gain over LoRA", "95 % interval", "p", "p, Holm")
+        out.append((str(found.place), tasks, found.method, percent(found.level), *gain))
+    header = ("at", "tasks", "method", "mean accuracy", "gain over LoRA", "95 % interval", "p", "p, Holm")
     return markdown(header, out)
 
 
 def wins(rows: Sequence[dict], summary: Summary) -> str:
     """Cells won / tied / lost against LoRA after Holm's correction."""
     counts = {key: " / ".join(map(str, found)) for key, found in win_tie_loss(summary.comparisons).items()}
-    places = sorted({(model, rank) for model, rank, _ in counts})
-    header = ["method", *(f"{model}, rank {rank:g}" for model, rank in places)]
-    methods = sort_methods(method for *_, method in counts)
-    return markdown(header, [(m, *(counts.get((*place, m), MISSING) for place in places)) for m in methods])
+    places = [place for place in summary.places() if place in {place for place, _ in counts}]
+    methods = sort_methods(method for _, method in counts)
+    header = ["method", *map(str, places)]
+    return markdown(header, [(m, *(counts.get((place, m), MISSING) for place in places)) for m in methods])
 
 
 def pairs(rows: Sequence[dict], summary: Summary) -> str:
     """Every comparison with LoRA, one foldable table a method."""
     header = (
-        "model",
         "task",
-        "rank",
+        "at",
         "seeds",
         "gain over LoRA",
         "95 % interval",
@@ -141,7 +140,7 @@ def pairs(rows: Sequence[dict], summary: Summary) -> str:
     for found in summary.comparisons:
         gain, unit = found.gain, _unit(found.kind)
         tests = (gain.p, found.corrected, gain.p_seeds, gain.p_bootstrap)
-        place = (found.cell.model, found.cell.task, f"{found.cell.rank:g}", seeds(gain.seeds))
+        place = (found.cell.task, str(found.cell.place), seeds(gain.seeds))
         line = (*place, _signed(gain, unit), interval(gain, unit), *map(p_value, tests), found.verdict)
         by_method[found.method].append(line)
     blocks = []
@@ -154,9 +153,9 @@ def pairs(rows: Sequence[dict], summary: Summary) -> str:
 def budget(rows: Sequence[dict], summary: Summary) -> str:
     """Parameters of the adapter that remain, as a range over tasks and seeds, beside LoRA's mean; and those of the heads."""
     out = []
-    for model, rank in summary.settings():
+    for place in summary.places():
         sizes, heads = defaultdict(list), defaultdict(set)
-        for cell in summary.cells(model, rank):
+        for cell in summary.cells(place):
             for method, found in summary.runs[cell].items():
                 sizes[method] += [row["trainable_parameters"] for row in found.values()]
                 heads[method] |= {row["head_parameters"] for row in found.values()}
@@ -164,15 +163,15 @@ def budget(rows: Sequence[dict], summary: Summary) -> str:
             low, high = min(sizes[method]), max(sizes[method])
             span = f"{low:,}" if low == high else f"{low:,} to {high:,}"
             ratio = statistics.fmean(sizes[method]) / statistics.fmean(sizes[BASELINE]) - 1 if BASELINE in sizes else None
-            out.append((model, f"{rank:g}", method, span, plain(ratio, "+.2f", 100), listed(sorted(heads[method]))))
-    return markdown(("model", "rank", "method", "adapter parameters", "beside LoRA %", "head parameters"), out)
+            out.append((str(place), method, span, plain(ratio, "+.2f", 100), listed(sorted(heads[method]))))
+    return markdown(("at", "method", "adapter parameters", "beside LoRA %", "head parameters"), out)
 
 
 def cost(rows: Sequence[dict], summary: Summary) -> str:
     """Median seconds and memory; the ratio is the median over runs paired by task, seed and machine."""
     out = []
-    for model, rank in summary.settings():
-        cells = summary.cells(model, rank)
+    for place in summary.places():
+        cells = summary.cells(place)
         for method in summary.methods(cells):
             found = [row for cell in cells for row in summary.runs[cell].get(method, {}).values()]
             ratios = [ratio for cell in cells for ratio in _time_ratios(summary.runs[cell], method)]
@@ -180,8 +179,8 @@ def cost(rows: Sequence[dict], summary: Summary) -> str:
                 median([row["seconds"].get(stage) for row in found], ".1f") for stage in ("calibrate", "train", "evaluate")
             ]
             memory = median([row.get("peak_memory_mb") for row in found], ".0f")
-            out.append((model, f"{rank:g}", method, *seconds, f"{median(ratios, '.2f')} ({len(ratios)})", memory))
-    header = ("model", "rank", "method", "calibrate s", "train s", "evaluate s", "calibrate + train ÷ LoRA (pairs)", "peak MB")
+            out.append((str(place), method, *seconds, f"{median(ratios, '.2f')} ({len(ratios)})", memory))
+    header = ("at", "method", "calibrate s", "train s", "evaluate s", "calibrate + train ÷ LoRA (pairs)", "peak MB")
     return markdown(header, out)
 
 
@@ -198,7 +197,7 @@ def factors(rows: Sequence[dict], summary: Summary, phase: str = "factor") -> st
             diverged = f", {effect.diverged} diverged" if effect.diverged else ""
             out.append((effect.changed or "reference", *cells, _gained(effect, effect.mean), f"{effect.runs}{diverged}"))
         header = ("changed", *(f"{task} ({GAIN[kind]})" for task in tasks), "mean", "runs")
-        blocks.append(f"**{model}, rank {rank:g}, {kind}**\n\n{markdown(header, out)}")
+        blocks.append(_titled(Place(model, rank, kind), markdown(header, out)))
     return "\n\n".join(blocks) or EMPTY
 
 
@@ -207,25 +206,24 @@ def search(rows: Sequence[dict], summary: Summary, rule: str = "over tasks") -> 
     kinds = {row["task"]: row["kind"] for row in of_phase(rows, "search")}
     by_place = defaultdict(list)
     for choice, tried in candidates(rows, rule).items():
-        by_place[choice.model, choice.rank].append((choice, tried))
+        by_place[Place(choice.model, choice.rank, choice.condition)].append((choice, tried))
     blocks = []
-    for (model, rank), found in by_place.items():
+    for place, found in sorted(by_place.items(), key=lambda item: (item[0].condition, item[0])):
         tasks = sorted({task for _, tried in found for candidate in tried for task in candidate.values})
         order = sort_methods(choice.method for choice, _ in found)
         found.sort(key=lambda item: (order.index(item[0].method), str(item[0].task)))
         out = [(choice.method, *line) for choice, tried in found for line in _tried(tried, tasks, kinds)]
         header = ("method", "settings", *(f"{t} ({LEVEL[kinds.get(t, 'classification')]})" for t in tasks), "shortfall %", "")
-        blocks.append(_titled(model, rank, markdown(header, out)))
+        blocks.append(_titled(place, markdown(header, out)))
     return "\n\n".join(blocks) or EMPTY
 
 
-def _by_rank(summary: Summary, table: Callable[[str, float, list[Cell]], str]) -> str:
-    places = summary.settings()
-    return "\n\n".join(_titled(model, rank, table(model, rank, summary.cells(model, rank))) for model, rank in places) or EMPTY
+def _by_place(summary: Summary, table: Callable[[list[Cell]], str]) -> str:
+    return "\n\n".join(_titled(place, table(summary.cells(place))) for place in summary.places()) or EMPTY
 
 
-def _titled(model: str, rank: float, table: str) -> str:
-    return f"**{model}, rank {rank:g}**\n\n{table}"
+def _titled(place: Place, table: str) -> str:
+    return f"**{place}**\n\n{table}"
 
 
 def _level(summary: Summary, cell: Cell, method: str) -> str:
