@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from cobra.lora import LoraAdapter, LoraLayer
 from cobra.merge import Merge, MergeReport, check_merge_options, merge_layers, merge_layers_in_place, probe_outputs
 from cobra.plan import RankPlan, SitePlan, provenance, rank_cost
 from cobra.shared import SharedInputs
+from cobra.singular import singular_directions
 from cobra.sites import Site, fingerprint
 from cobra_kernels import draw_words, gate_kl, gate_kl_sampled, gate_noise
 
@@ -164,7 +166,10 @@ class Adapter:
     # the cut
 
     def extract(self, budget: int | Budget | None = None) -> RankPlan:
-        """The best gates a budget allows, by their posterior (`cobra.budget.allocate`); changes nothing.
+        """The best ranks a budget allows (`cobra.budget.allocate`); changes nothing.
+
+        They are gates, by their posterior; with the config's basis "singular" the singular directions of the updates, by their
+        energy, summed over the layers of a group, whatever the budget's objective.
 
         budget: ranks, or a `Budget` in another unit or with constraints; by default the config's
 
@@ -176,18 +181,29 @@ class Adapter:
         if diverged:
             raise ValueError(f"{diverged[0]}: gates are not finite: the training diverged; lower the learning rate")
         costs = [cost_of_rank(group.sites, budget.unit, group.layers[0][0].lora_A.element_size()) for group in self.groups]
-        allocation = allocate([g.name for g in self.groups], posteriors, costs, budget)
+        values, energies, by = posteriors, [()] * len(posteriors), "gates"
+        if self.config.basis == "singular":
+            values, by = [self._energy(group) for group in self.groups], "singular"
+            energies, budget = [tuple(v.tolist()) for v in values], replace(budget, objective="count")
+        allocation = allocate([g.name for g in self.groups], values, costs, budget)
+        found = zip(self.groups, allocation.kept, posteriors, energies, strict=True)
         return RankPlan(
             tuple(
-                SitePlan(
-                    g.name, tuple(s.name for s in g.sites), rank_cost("parameters", g.shapes), tuple(kept), tuple(p.tolist())
-                )
-                for g, kept, p in zip(self.groups, allocation.kept, posteriors, strict=True)
+                SitePlan(g.name, g.members, rank_cost("parameters", g.shapes), tuple(kept), tuple(p.tolist()), energy)
+                for g, kept, p, energy in found
             ),
-            "one" if self.config.gate == "open" else self.config.fold,
+            self._fold,
             self.base_fingerprint,
-            {**provenance("gates", budget, allocation), "step": self.current_step},
+            {**provenance(by, budget, allocation), "step": self.current_step},
         )
+
+    @property
+    def _fold(self) -> str:
+        return "one" if self.config.gate == "open" else self.config.fold
+
+    def _energy(self, group: Group) -> Tensor:
+        """(r,) fp64 of the k-th singular directions of all layers of the group."""
+        return sum(singular_directions(layers[0], self._fold).energy.cpu() for layers in group.layers)
 
     def _gate_logits(self, group: Group) -> Tensor:
         gate = group.gate
@@ -202,8 +218,7 @@ class Adapter:
         with ExitStack() as stack:
             for group, site in zip(self.groups, plan.sites, strict=True):
                 for layer in group.all_layers:
-                    kept = torch.tensor(site.kept, dtype=torch.long, device=layer.lora_A.device)
-                    stack.enter_context(layer.cut_to(kept, shrink.fold_factors(site, plan.fold).to(layer.lora_B)))
+                    stack.enter_context(layer.cut_to(*shrink.kept_matrices(layer, site, plan.fold)))
             yield
 
     def apply(self, plan: RankPlan, optimizer: Optimizer | None = None) -> None:

@@ -24,6 +24,7 @@ CHOICES = {
     "kl": ("bernoulli", "concrete"),
     "kl_reduction": ("sum", "mean"),
     "anneal": ("exponential", "linear"),
+    "basis": ("gates", "singular"),
     "fold": ("one", "mean"),
     "backend": BACKENDS,
 }
@@ -37,6 +38,7 @@ PRESETS = {
         "prior_level": "group",
         "open_probability": 0.5,
         "init": "uniform",
+        "basis": "gates",
         "beta": 0.01,
         "gate_lr_scale": 1.0,
         "lora_B_lr_scale": 1.0,
@@ -71,6 +73,8 @@ class CobraConfig:
     temperature, anneal: first and last temperature of the relaxation, and the way between
     gate: "concrete" (noise once per optimizer step), "straight_through" (the same, rounded to 0 or 1 in the forward), "mean"
         (sigmoid of the logit, no noise), "open" (plain LoRA)
+    basis: what the cut ranks. "gates": the gates, by their posterior. "singular": the singular directions of every layer's
+        update, by their energy (`cobra.singular`); a cut then loses the least of the update that ranks allow
     fold: the factor a kept rank carries after the cut: 1, or its mean gate
     gate_lr_scale, lora_B_lr_scale: learning rates of the gate logits and of lora_B over that of lora_A
     dropout: on the adapter branch's input
@@ -100,6 +104,7 @@ class CobraConfig:
     temperature: tuple[float, float] = (1.0, 0.1)
     anneal: str = "exponential"
     gate: str = "concrete"
+    basis: str = "gates"
     fold: str = "one"
     gate_lr_scale: float = 1.0
     lora_B_lr_scale: float = 1.0

@@ -28,6 +28,10 @@ class Group:
     prior: tuple[float, ...]
 
     @property
+    def members(self) -> tuple[str, ...]:
+        return tuple(site.name for site in self.sites)
+
+    @property
     def shapes(self) -> list[tuple[int, int]]:
         """(K, N) of every site."""
         return [(site.in_features, site.out_features) for site in self.sites]

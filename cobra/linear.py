@@ -156,12 +156,11 @@ class CobraLinear(nn.Linear):
 
     def branch(self) -> tuple[Tensor, Tensor, Tensor | ConcreteSample | None]:
         """lora_A, lora_B and z as this mode uses them."""
-        if self.cut is None:
-            drawn = self._draws_inside()
-            z = ConcreteSample(self.lora_gate, self.gate_draw, self.gate_temperature) if drawn else self.gates()
-            return self.lora_A, self.lora_B, z
-        kept, factors = self.cut
-        return self.lora_A[kept], self.lora_B[:, kept] * factors, None
+        if self.cut is not None:
+            return *self.cut, None
+        drawn = self._draws_inside()
+        z = ConcreteSample(self.lora_gate, self.gate_draw, self.gate_temperature) if drawn else self.gates()
+        return self.lora_A, self.lora_B, z
 
     def joins_others(self) -> bool:
         """Whether the forward is `gated_lora_linear` on torch's path, which computes several layers of one input together."""
@@ -172,9 +171,9 @@ class CobraLinear(nn.Linear):
         return GatedLora(self.linear_weight, self.lora_A, self.lora_B, self.gates(), self.scaling, self.bias)
 
     @contextmanager
-    def cut_to(self, kept: Tensor, factors: Tensor) -> Iterator[None]:
-        """Within the block only the kept ranks count, each times its factor; the gates do not."""
-        self.cut = kept, factors
+    def cut_to(self, lora_A: Tensor, lora_B: Tensor) -> Iterator[None]:
+        """Within the block these matrices count in the place of the layer's own, and no gates."""
+        self.cut = lora_A, lora_B
         try:
             yield
         finally:

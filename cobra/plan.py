@@ -41,8 +41,9 @@ class SitePlan:
 
     members: layer names
     cost: trainable parameters of one rank, Σ (K + N) over the members
-    kept: indices into the group's gates
+    kept: indices into the group's gates, or into its singular directions where the plan has energies
     posterior: probability of every gate, sigmoid of its logit; before any training that is its prior
+    energy: (r,) of every singular direction of the group's updates, the largest first; empty where gates were ranked
     """
 
     name: str
@@ -50,10 +51,16 @@ class SitePlan:
     cost: int
     kept: tuple[int, ...]
     posterior: tuple[float, ...]
+    energy: tuple[float, ...] = ()
 
     @property
     def rank(self) -> int:
         return len(self.kept)
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """By which ranks were kept: the energy, or else the posterior."""
+        return self.energy or self.posterior
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,8 @@ class RankPlan:
 
     fold: what a kept rank is multiplied with, CobraConfig's
     fingerprint: of the base model
-    provenance: how the plan came about: its source ("gates" or "scores"), the budget, what of it was spent, and whether no
-        allocation under that budget keeps more
+    provenance: how the plan came about: its source ("gates", "singular" or "scores"), the budget, what of it was spent, and
+        whether no allocation under that budget keeps more
     """
 
     sites: tuple[SitePlan, ...]
@@ -94,14 +101,17 @@ class RankPlan:
     def from_dict(cls, value: dict) -> RankPlan:
         """From `to_dict`. Raises ValueError for missing fields and kept ranks that are no gates."""
         try:
+            lists = ("members", "kept", "posterior")
             sites = tuple(
-                SitePlan(s["name"], tuple(s["members"]), s["cost"], tuple(s["kept"]), tuple(s["posterior"]))
+                SitePlan(s["name"], **{k: tuple(s[k]) for k in lists}, cost=s["cost"], energy=tuple(s.get("energy", ())))
                 for s in value["sites"]
             )
             plan = cls(sites, value["fold"], value["fingerprint"], dict(value.get("provenance", {})))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a complete rank plan: {error!r}") from error
         for s in plan.sites:
+            if s.energy and len(s.energy) != len(s.posterior):
+                raise ValueError(f"{s.name} has {len(s.energy)} energies for {len(s.posterior)} gates; expected one for each")
             if [k for k in range(len(s.posterior)) if k in s.kept] != list(s.kept):
                 raise ValueError(f"{s.name} keeps ranks {s.kept} of {len(s.posterior)} gates; expected ascending indices")
         if plan.fold not in CHOICES["fold"]:
@@ -137,14 +147,14 @@ class RankPlan:
         return axolotl_keys(self, scaling)
 
     def rows(self) -> list[dict]:
-        """One a layer: its group, rank, gates, the posterior of the weakest kept gate, parameters of one rank of the group."""
+        """One a layer: its group, rank, gates, the value of the weakest kept rank, parameters of one rank of the group."""
         return [
             {
                 "layer": member,
                 "group": site.name,
                 "rank": site.rank,
                 "gates": len(site.posterior),
-                "least_kept": min((site.posterior[k] for k in site.kept), default=None),
+                "least_kept": min((site.values[k] for k in site.kept), default=None),
                 "rank_parameters": site.cost,
             }
             for site in self.sites
@@ -173,12 +183,12 @@ class RankPlan:
         return rank_heatmap(self, path)
 
     def table(self) -> str:
-        """One line a group: rank, certainty of the weakest kept and the strongest dropped gate, parameters; then the budget."""
+        """One line a group: rank, value of the weakest kept and the strongest dropped one, parameters; then the budget."""
         width = max([len(s.name) for s in self.sites] + [5])
         lines = [f"{'site':<{width}}  rank  least kept  best dropped  parameters"]
         for s in self.sites:
-            kept = [s.posterior[k] for k in s.kept]
-            dropped = [p for k, p in enumerate(s.posterior) if k not in set(s.kept)]
+            kept = [s.values[k] for k in s.kept]
+            dropped = [value for k, value in enumerate(s.values) if k not in set(s.kept)]
             least = f"{min(kept):.3f}" if kept else "-"
             best = f"{max(dropped):.3f}" if dropped else "-"
             lines.append(f"{s.name:<{width}}  {s.rank:>4}  {least:>10}  {best:>12}  {s.rank * s.cost:>10,}")

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from cobra.linear import CobraLinear
 from cobra.plan import SitePlan
+from cobra.singular import singular_directions
 
 
 def fold_factors(site: SitePlan, fold: str) -> Tensor:
@@ -17,13 +18,31 @@ def fold_factors(site: SitePlan, fold: str) -> Tensor:
     return torch.tensor([site.posterior[k] for k in site.kept], dtype=torch.float64)
 
 
+def kept_matrices(layer: CobraLinear, site: SitePlan, fold: str) -> tuple[Tensor, Tensor]:
+    """lora_A (rank, K) and lora_B (N, rank) after the cut, folded."""
+    kept = torch.tensor(site.kept, dtype=torch.long, device=layer.lora_A.device)
+    if site.energy:
+        lora_A, lora_B, _ = singular_directions(layer, fold)
+        return lora_A[kept].to(layer.lora_A), lora_B[:, kept].to(layer.lora_B)
+    return layer.lora_A.detach()[kept], layer.lora_B.detach()[:, kept] * fold_factors(site, fold).to(layer.lora_B)
+
+
 def shrink_layers(layers: list[CobraLinear], site: SitePlan, fold: str, optimizer: Optimizer | None) -> None:
-    """Cuts the layers of one weight to a plan's ranks; their gates go, folded into lora_B."""
+    """Cuts the layers of one weight to a plan's ranks; their gates go, folded into lora_B.
+
+    In a singular basis the optimizer's state starts anew: moments of single entries do not turn with it.
+    """
     first = layers[0]
-    kept = torch.tensor(site.kept, device=first.lora_A.device)
-    factors = fold_factors(site, fold).to(first.lora_B)
-    lora_A = _cut(first.lora_A, 0, kept, torch.ones_like(factors)[:, None], optimizer)
-    lora_B = _cut(first.lora_B, 1, kept, factors, optimizer)
+    lora_A, lora_B = map(nn.Parameter, kept_matrices(first, site, fold))
+    if optimizer is not None:
+        kept = torch.tensor(site.kept, device=first.lora_A.device)
+        factors = fold_factors(site, fold).to(first.lora_B)
+        cuts = ((first.lora_A, lora_A, 0, torch.ones_like(factors)[:, None]), (first.lora_B, lora_B, 1, factors))
+        for old, new, dim, scale in cuts:
+            _replace(optimizer, old, new)
+            state = optimizer.state.pop(old, None)
+            if state is not None and not site.energy:
+                optimizer.state[new] = {k: _cut_state(k, v, old.shape, dim, kept, scale) for k, v in state.items()}
     for layer in layers:
         layer.lora_A, layer.lora_B = lora_A, lora_B
         layer.lora_gate = layer.gate_noise = layer.gate_draw = None
@@ -49,17 +68,10 @@ def check_optimizer(optimizer: Optimizer) -> None:
                 )
 
 
-def _cut(p: nn.Parameter, dim: int, kept: Tensor, factors: Tensor, optimizer: Optimizer | None) -> nn.Parameter:
-    """The kept rows or columns times their factors, as a new parameter: graphs of earlier steps still know the old shape."""
-    new = nn.Parameter(p.detach().index_select(dim, kept) * factors)
-    if optimizer is None:
-        return new
+def _replace(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:
+    """A new object: graphs of earlier steps still know the old shape."""
     for group in optimizer.param_groups:
-        group["params"] = [new if q is p else q for q in group["params"]]
-    state = optimizer.state.pop(p, None)
-    if state is not None:
-        optimizer.state[new] = {key: _cut_state(key, value, p.shape, dim, kept, factors) for key, value in state.items()}
-    return new
+        group["params"] = [new if p is old else p for p in group["params"]]
 
 
 def _cut_state(key: str, value: object, shape: torch.Size, dim: int, kept: Tensor, factors: Tensor) -> object:

@@ -31,7 +31,9 @@ def test_unusual_conditions_have_cells_of_their_own():
 
 
 def test_two_rows_of_one_run_are_named():
-    with pytest.raises(ValueError, match=r"lora on hyper, minilm, rank 2, seed 0 has two final rows, .* differ in beta, lr; keep one"):
+    with pytest.raises(
+        ValueError, match=r"lora on hyper, minilm, rank 2, seed 0 has two final rows, .* differ in beta, lr; keep one"
+    ):
         group([row(), row(lr=0.01, settings=(("beta", 1.0),))])
 
 

@@ -170,7 +170,10 @@ def test_one_choice_for_all_tasks():
 def test_kinds_choose_apart():
     rows = search(hyper=[0.8, 0.7, 0.5], foods=[4.0, 1.0, 2.0])
     best = select_best(rows, "over tasks")
-    assert best[Choice("minilm", None, "cobra", 2)]["lr"] == 0.001 and best[Choice("minilm", "regression", "cobra", 2)]["lr"] == 0.003
+    assert (
+        best[Choice("minilm", None, "cobra", 2)]["lr"] == 0.001
+        and best[Choice("minilm", "regression", "cobra", 2)]["lr"] == 0.003
+    )
 
 
 def test_methods_and_ranks_choose_apart():
