@@ -20,7 +20,7 @@ def row(
     phase="final",
     level=0.8,
     lr=0.003,
-    examples=200,
+    size=200,
     parameters=1000,
     seconds=10.0,
     diverged=False,
@@ -32,8 +32,8 @@ def row(
         found = {"phase": phase, "kind": KINDS[task], "config": made.to_dict()}
         return {"key": made.key, **found, "diverged": "the loss of step 7 is nan"}
     kind = KINDS[task]
-    hard = np.random.default_rng(zlib.crc32(task.encode())).uniform(size=examples)
-    drawn = np.random.default_rng(zlib.crc32(f"{task} {method} {rank} {seed} {lr}".encode())).uniform(size=examples)
+    hard = np.random.default_rng(zlib.crc32(task.encode())).uniform(size=size)
+    drawn = np.random.default_rng(zlib.crc32(f"{task} {method} {rank} {seed} {lr}".encode())).uniform(size=size)
     mixed = 0.7 * hard + 0.3 * drawn
     each = mixed < np.quantile(mixed, level) if kind == "classification" else (level * mixed**2).astype(np.float32)
     metrics = _metrics(kind, each)

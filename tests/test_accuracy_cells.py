@@ -65,7 +65,7 @@ def test_results_must_average_to_the_metric():
 
 def test_splits_of_different_sizes():
     with pytest.raises(ValueError, match="different sizes"):
-        matrix({0: row(), 1: row(seed=1, examples=100)})
+        matrix({0: row(), 1: row(seed=1, size=100)})
 
 
 def test_rows_without_examples():

@@ -96,8 +96,8 @@ def test_kinds_have_means_of_their_own():
 
 
 def test_conditions_have_means_of_their_own():
-    short = [row(m, t, seed=s, level=level, steps=50) for m, level in (("lora", 0.6), ("cobra", 0.5)) for t in ("hyper", "topics")
-             for s in range(5)]  # fmt: skip
+    levels = {"lora": 0.6, "cobra": 0.5}
+    short = [row(m, t, seed=s, level=levels[m], steps=50) for m in levels for t in ("hyper", "topics") for s in range(5)]
     found = summarise(study({"lora": 0.7, "cobra": 0.8}, ranks=(2,)) + short, FEW)
     gains = {str(m.place): m.gain.mean for m in found.means if m.method == "cobra"}
     assert gains == pytest.approx({"minilm, rank 2": 0.1, "minilm, rank 2, steps 50": -0.1})

@@ -9,7 +9,7 @@ from bench.accuracy.intervals import seeds_estimate
 from bench.accuracy.statistics import summarise
 
 FEW = 200
-NAMES = "runs main secondary calibration means wins pairs budget cost factors search"
+NAMES = "runs main secondary calibration calibration_gains means wins pairs budget cost factors search"
 ALL = [getattr(tables, name) for name in NAMES.split()]
 
 
@@ -66,7 +66,7 @@ def test_main(rows, summary):
 
 
 def test_half_of_the_interval_is_shown(summary, rows):
-    cell = next(cell for cell in summary.runs if cell[1:] == ("hyper", 2))
+    cell = next(cell for cell in summary.runs if cell[1:3] == ("hyper", 2))
     found = summary.levels[cell, "lora"]
     assert cells(tables.main(rows, summary), "lora")[1] == f"70.0 ± {50 * (found.high - found.low):.1f} (3)"
 

@@ -20,9 +20,9 @@ from cobra import storage
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "evidence.md"
 RULE = "over tasks"
-# DoRA's adapters are larger by design, AdaLoRA's up to 2 % smaller: the next rank in its order no longer fits. The budget table
-# shows by how much
-UNEQUAL = ("dora", "adalora")
+# DoRA's adapters are larger by design, AdaLoRA's up to 2 % smaller: the next rank in its order no longer fits; "full" is no
+# adapter but a ceiling. The budget table shows by how much
+UNEQUAL = ("dora", "adalora", "full")
 TABLES: dict[str, Callable[[Sequence[dict], Summary], str]] = {
     "runs": tables.runs,
     "main": tables.main,
@@ -30,6 +30,7 @@ TABLES: dict[str, Callable[[Sequence[dict], Summary], str]] = {
     "wins": tables.wins,
     "pairs": tables.pairs,
     "calibration": tables.calibration,
+    "calibration-gains": tables.calibration_gains,
     "secondary": tables.secondary,
     "factors": tables.factors,
     "ablations": lambda rows, summary: tables.factors(rows, summary, "ablation"),

@@ -58,7 +58,9 @@ COBRA = {
     "minimum": 1,
     "cut": 0.4,
 }
-SETTINGS = {"paper": PAPER, "cobra": COBRA}
+# ranks from a wide search without gates or calibration: what the singular directions alone decide
+SINGULAR = {"gate": "open", "init": "uniform", "basis": "singular", "r_max_multiple": 8, "cut": 0.4, "scores": False}
+SETTINGS = {"paper": PAPER, "cobra": COBRA, "singular": SINGULAR}
 # below rank 1 LoRA has to choose layers: its usual choice, at rank 1
 FEW_LAYERS = {
     "lora": {"layers": "query,value"},
@@ -132,7 +134,8 @@ SEARCHES = (
     # rank 8 has a search of its own: the best rates of rank 2 are too high there
     (REGRESSIONS[:1], 8, {}, {"lora": RATES[1:], "cobra": RATES[1:], "adalora": (*RATES[1:], 1.6e-2)}),
     (SEARCH_TASKS, 8, {}, {"lora": RATES[1:4], "cobra": RATES[:4], "adalora": (*RATES[1:], 1.6e-2)}),
-    (SEARCH_TASKS, 2, {}, {"full": (2.5e-5, 5e-5, 1e-4, 2e-4)}),
+    (SEARCH_TASKS, 2, {}, {"full": (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4)}),
+    (SEARCH_TASKS, 2, {}, {"singular": RATES[1:4]}),
     (SEARCH_TASKS, 2, SHORT, {"lora": RATES[2:], "cobra": RATES[2:], "adalora": (*RATES[2:], 1.6e-2)}),
     (SEARCH_TASKS, 2, {}, dict.fromkeys(VARIANTS, RATES[2:])),
     (REGRESSIONS[:1], 2, LONG, {"lora": RATES[2:], "cobra": RATES[1:4]}),
@@ -177,9 +180,10 @@ def final() -> Iterator[Recipe]:
     cells = (
         (TASKS, 2, {}, PEERS, SEEDS),
         (REGRESSIONS, 2, {}, PEERS, SEEDS),
-        (TASKS, 8, {}, PEERS, SEEDS),
-        (REGRESSIONS, 8, {}, PEERS, SEEDS),
         (TASKS, 2, {}, ("full",), few),
+        (TASKS, 8, {}, PEERS, SEEDS),
+        (TASKS, 2, {}, ("singular",), SEEDS),
+        (REGRESSIONS, 8, {}, PEERS, SEEDS),
         (TASKS, 2, SHORT, PEERS, few),
         (TASKS, 2, {}, VARIANTS, few),
         (TASKS, 2, {}, ("paper",), few),

@@ -2,7 +2,8 @@
 
 peft     lora, rslora, dora, loraplus, adalora, eva
 COBRA    cobra (defaults, or whatever the recipe's settings say), paper (the published form), plan (ranks from the scores
-         alone, then plain LoRA), uniform and random (the same training without scores)
+         alone, then plain LoRA), singular (ranks cut in the singular basis), uniform and random (the same training without
+         scores)
 full     every weight of the same linear layers: no peer at an equal budget, but what rank could reach at most
 """
 
@@ -25,7 +26,7 @@ from cobra.sites import Site, find_sites
 SCALING = 2.0
 HEAD = "classifier"
 PEFT = ("lora", "rslora", "dora", "loraplus", "adalora", "eva")
-COBRA = ("cobra", "paper", "plan", "uniform", "random")
+COBRA = ("cobra", "paper", "singular", "plan", "uniform", "random")
 FULL = "full"
 METHODS = (*PEFT, *COBRA, FULL)
 CUT = 0.4  # of the steps, after which the gates are cut where a recipe does not say

@@ -10,6 +10,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
+from bench.accuracy.calibration import METRICS, calibration_changes
 from bench.accuracy.cells import BASELINE, Cell, Place, Runs, of_phase, sort_methods
 from bench.accuracy.factors import Effect, effects
 from bench.accuracy.formats import (
@@ -36,7 +37,6 @@ SECONDARY = {
     "regression": {"mae": "MAE", "pearson": "Pearson", "spearman": "Spearman"},
     "language": {"perplexity": "perplexity"},
 }
-CALIBRATION = {"nll": "NLL", "ece": "ECE", "brier": "Brier"}
 
 
 def runs(rows: Sequence[dict], summary: Summary) -> str:
@@ -87,16 +87,29 @@ def calibration(rows: Sequence[dict], summary: Summary) -> str:
         header = [
             "method",
             *(f"{cell.task} (NLL / ECE / Brier)" for cell in cells),
-            *(f"mean {n}" for n in CALIBRATION.values()),
+            *(f"mean {n}" for n in METRICS.values()),
         ]
         out = []
         for method in summary.methods(cells):
             found = [summary.runs[cell].get(method) for cell in cells]
-            means = [number(_mean_metric(found, name)) for name in CALIBRATION]
-            out.append((method, *(_metrics(each, CALIBRATION) for each in found), *means))
+            means = [number(_mean_metric(found, name)) for name in METRICS]
+            out.append((method, *(_metrics(each, METRICS) for each in found), *means))
         return markdown(header, out)
 
     return _by_place(summary, table)
+
+
+def calibration_gains(rows: Sequence[dict], summary: Summary) -> str:
+    """NLL, ECE and Brier score beside LoRA's: the mean difference, its interval and p-values over seeds."""
+    out = [
+        (
+            *(str(found.place), found.method, f"{found.tasks}", METRICS[found.metric], f"{found.change.mean:+.4f}"),
+            f"{found.change.low:+.4f} to {found.change.high:+.4f}",
+            *(p_value(found.change.p), p_value(found.corrected)),
+        )
+        for found in calibration_changes(summary)
+    ]
+    return markdown(("at", "method", "tasks", "metric", "beside LoRA, ↓", "95 % interval", "p", "p, Holm"), out)
 
 
 def means(rows: Sequence[dict], summary: Summary) -> str:
