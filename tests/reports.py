@@ -59,7 +59,7 @@ def write_evaluation(folder) -> None:
     storage.write_json(folder / "run.json", record)
 
 
-def made_run(folder, names, phi=None, gamma=None, kept=2, gates=4, residual=0.01, **provenance):
+def made_run(folder, names, phi=None, gamma=None, kept=2, gates=4, residual=0.01, energy=(), **provenance):
     """A folder with scores and a plan of these layer names."""
     G = len(names)
     phi, gamma = (torch.arange(1.0, G + 1) if v is None else torch.tensor(v) for v in (phi, gamma))
@@ -69,7 +69,7 @@ def made_run(folder, names, phi=None, gamma=None, kept=2, gates=4, residual=0.01
         folder / "scores.safetensors"
     )
     posterior = tuple(0.9 - 0.2 * k for k in range(gates))
-    sites = tuple(SitePlan(n, (n,), 10, tuple(range(kept)), posterior) for n in names)
+    sites = tuple(SitePlan(n, (n,), 10, tuple(range(kept)), posterior, tuple(energy)) for n in names)
     cobra.RankPlan(sites, "one", "f", provenance).save(folder / "plan.json")
     return folder
 

@@ -273,6 +273,15 @@ def test_plan_from_scores_alone(tmp_path):
     assert "there was no training of gates" in words(tmp_path)
 
 
+def test_plan_in_the_singular_basis(tmp_path):
+    """Its ranks are no gates: no gate is said to be kept, and ranks have their energies."""
+    folder = made_run(tmp_path, ["up", "mid"], energy=(8.0, 1.0, 0.75, 0.25), source="singular")
+    found = [part for section in sections(Run.load(folder)) for part in section.parts if not isinstance(part, str)]
+    assert "gates" not in [part.name for part in found] and "in the singular basis" in words(folder)
+    (ranks,) = (part.rows for part in found if part.name == "ranks")
+    assert [row[3:5] for row in ranks.rows] == [(1.0, 0.75)] * 2
+
+
 def test_scores_of_another_model(run, tmp_path):
     plan = json.loads((run / "plan.json").read_text())
     (run / "plan.json").write_text(json.dumps(plan | {"fingerprint": "other"}))

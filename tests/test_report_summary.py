@@ -76,6 +76,14 @@ def test_how_certain(tmp_path):
     assert "by 0.1000 on average and 0.4000 at most. The weakest" in lead(Run.load(tmp_path))[1]
 
 
+def test_singular_directions(tmp_path):
+    run = Run.load(made_run(tmp_path, ["up", "mid"], energy=(8.0, 1.0, 0.75, 0.25), source="singular"))
+    assert lead(run)[1] == (
+        "The ranks are singular directions of the updates; those that were kept carry 90.0% of the updates' energy."
+    )
+    assert "undecided gates" not in facts(run)
+
+
 def test_scores_alone(tmp_path):
     """No training, so no certainty, and no gates to call undecided."""
     scores = cobra.calibrate(Mlp(), [mlp_batch()], steps=20, progress=False)

@@ -106,6 +106,11 @@ def was_trained(plan: RankPlan) -> bool:
     return bool(plan.sites) and plan.provenance.get("source") != "scores"
 
 
+def keeps_gates(plan: RankPlan) -> bool:
+    """Whether what is kept are gates, rather than singular directions of the updates."""
+    return was_trained(plan) and not any(site.energy for site in plan.sites)
+
+
 def all_gates(plan: RankPlan) -> list[tuple[float, bool]]:
     """(probability, kept) of every gate."""
     kept = [set(site.kept) for site in plan.sites]

@@ -91,7 +91,11 @@ def _prior(run: Run) -> Iterator[str | Exhibit]:
         figure = plots.prior_posterior(scores, plan, fusion=run.fusion)
         title = "Prior and posterior" if trained else "Prior and ranks"
         yield Exhibit("prior_posterior", title, caption, tables.prior(scores, plan, run.fusion), figure)
-    if trained:
+    if trained and not measures.keeps_gates(plan):
+        yield paragraph(
+            "Ranks were cut in the singular basis: by the energy of the directions of every update, not by its gates."
+        )
+    if measures.keeps_gates(plan):
         low, high = measures.UNDECIDED
         caption = (
             f"Every gate's probability after training, those of a group side by side. From {low} to {high} (grey) training "

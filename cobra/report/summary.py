@@ -89,7 +89,7 @@ def _evidence(run: Run) -> list[Fact]:
             Fact("path integral misses", f"{number(100 * scores.completeness.path)} %", "of the output's change"),
             Fact("correlation", "–" if math.isnan(r) else f"{r:.2f}", "of gradient and contribution"),
         ]
-    if run.plan is not None and measures.was_trained(run.plan):
+    if run.plan is not None and measures.keeps_gates(run.plan):
         gates = measures.all_gates(run.plan)
         low, high = measures.UNDECIDED
         open_ones = measures.undecided(p for p, _ in gates)
@@ -163,6 +163,8 @@ def _budget(plan: RankPlan) -> str:
 def _certainty(run: Run) -> str:
     if not measures.was_trained(run.plan):
         return "The ranks come from the scores alone, without training: how certain they are is not known."
+    if not measures.keeps_gates(run.plan):
+        return _energy_kept(run.plan)
     gates = measures.all_gates(run.plan)
     kept, dropped = [p for p, k in gates if k], [p for p, k in gates if not k]
     found = []
@@ -176,3 +178,9 @@ def _certainty(run: Run) -> str:
         text = f"The weakest gate that was kept stands at {min(kept):.3f}, the strongest that was dropped at {max(dropped):.3f}"
         found.append(text + ("." if min(kept) >= max(dropped) else ": costs and limits of the budget count too."))
     return " ".join(found)
+
+
+def _energy_kept(plan: RankPlan) -> str:
+    kept = sum(site.energy[k] for site in plan.sites for k in site.kept)
+    share = kept / (sum(sum(site.energy) for site in plan.sites) or 1.0)
+    return f"The ranks are singular directions of the updates; those that were kept carry {share:.1%} of the updates' energy."

@@ -19,8 +19,8 @@ def ranks(plan: RankPlan) -> Table:
     rows = []
     for site in plan.sites:
         kept = set(site.kept)
-        least = min((site.posterior[k] for k in site.kept), default=None)
-        best = max((p for k, p in enumerate(site.posterior) if k not in kept), default=None)
+        least = min((site.values[k] for k in site.kept), default=None)
+        best = max((value for k, value in enumerate(site.values) if k not in kept), default=None)
         rows += [(member, site.rank, len(site.posterior), least, best, site.cost, site.name) for member in site.members]
     if all(row[0] == row[-1] for row in rows):
         return Table(tuple(header), [row[:-1] for row in rows])
