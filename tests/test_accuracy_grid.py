@@ -1,7 +1,8 @@
 """Which runs there are, and that each is run once: by one process, and never again once its row is there."""
 
+from collections import defaultdict
 from functools import partial
-from itertools import cycle
+from itertools import pairwise
 
 import pytest
 from accuracy_models import reviews, tiny
@@ -10,19 +11,35 @@ from bench.accuracy import grid, rows
 from bench.accuracy import run as runs
 from bench.accuracy.cells import METRIC, higher_is_better
 from bench.accuracy.methods import METHODS
-from bench.accuracy.recipe import PHASES
+from bench.accuracy.recipe import PHASES, Recipe
 from bench.accuracy.tasks import kind_of
 
 
-def searched(best: dict[str, float]) -> list[dict]:
-    """Rows of a finished search in which every method has its best rate."""
+def study(recipe: Recipe) -> tuple:
+    """What a rate is searched for; controls and budgets below rank 1 take another's."""
+    rank = 2 if recipe.average_rank == grid.TIGHT else recipe.average_rank
+    return kind_of(recipe.task), rank, recipe.steps, grid.LIKE.get(recipe.method, recipe.method)
+
+
+def tried() -> dict[tuple, set[float]]:
+    found = defaultdict(set)
+    for recipe in grid.search():
+        found[study(recipe)].add(recipe.lr)
+    return found
+
+
+BEST = {of: sorted(rates)[1] for of, rates in tried().items()}
+
+
+def searched() -> list[dict]:
+    """Rows of a finished search in which every method's second rate is the best."""
     return [
         {
             **{name: recipe.to_dict()[name] for name in ("phase", "task", "model", "method", "average_rank", "seed")},
             "key": recipe.key,
             "kind": kind_of(recipe.task),
             "config": recipe.to_dict(),
-            "validation": _validation(kind_of(recipe.task), recipe.lr == best[recipe.method]),
+            "validation": _validation(kind_of(recipe.task), recipe.lr == BEST[study(recipe)]),
             "test": None,
         }
         for recipe in grid.search()
@@ -33,12 +50,9 @@ def _validation(kind: str, best: bool) -> dict[str, float]:
     return {METRIC[kind]: 0.8 if best == higher_is_better(kind) else 0.7}
 
 
-BEST = dict(zip(grid.METHODS, cycle(grid.RATES), strict=False))
-
-
 @pytest.fixture
 def finals(monkeypatch):
-    monkeypatch.setattr(grid, "read_rows", lambda: searched(BEST))
+    monkeypatch.setattr(grid, "read_rows", searched)
     return list(grid.final())
 
 
@@ -56,23 +70,36 @@ def test_every_run_is_planned_once(finals):
     assert {recipe.method for recipe in planned} <= set(METHODS)
 
 
-def test_methods_are_searched_and_tested_alike(finals):
-    """At least the same rates on the same tasks; the same cells for all peers; the rate that the search found for the kind."""
-    wide = [recipe for recipe in finals if recipe.average_rank != grid.TIGHT]
+def test_methods_are_searched_alike():
+    """Rates double, on the same tasks, and all peers have the middle ones of a study."""
+    for (*of, _), rates in tried().items():
+        ordered = sorted(rates)
+        assert all(high == 2 * low for low, high in pairwise(ordered))
+        peers = [tried().get((*of, method), set()) for method in grid.PEERS]
+        assert len(set.intersection(*filter(None, peers))) > 1
     for method in grid.METHODS:
-        tried = {(recipe.task, recipe.lr) for recipe in grid.search() if recipe.method == method}
-        assert tried >= {(task, rate) for task in grid.SEARCH_TASKS for rate in grid.RATES}
-        mine = [recipe for recipe in wide if recipe.method == method]
-        assert {recipe.lr for recipe in mine if kind_of(recipe.task) == "classification"} == {BEST[method]}
-        assert {recipe.settings for recipe in mine} == {r.settings for r in grid.search() if r.method == method}
-    cells = [{(recipe.task, recipe.average_rank, recipe.seed) for recipe in wide if recipe.method == m} for m in grid.PEERS]
-    assert all(found == cells[0] for found in cells)
+        assert tried()["classification", 2, 200, method] >= set(grid.RATES)
 
 
-def test_a_kind_without_a_finished_search_is_not_tested_at_another_kinds_rate(monkeypatch):
-    only = [row for row in searched(BEST) if row["kind"] == "classification"]
-    monkeypatch.setattr(grid, "read_rows", lambda: only)
-    assert {kind_of(recipe.task) for recipe in grid.final()} == {"classification"}
+def test_methods_are_tested_alike(finals):
+    """At the rate that the search found for kind, rank and conditions, in the form that was searched, in the same cells."""
+    forms = {(study(recipe), recipe.settings) for recipe in grid.search()}
+    for recipe in finals:
+        assert recipe.lr == BEST[study(recipe)]
+        assert recipe.average_rank == grid.TIGHT or (study(recipe), recipe.settings) in forms
+    for steps in (200, 50, grid.TEXTS["steps"]):
+        mine = [recipe for recipe in finals if recipe.steps == steps and recipe.average_rank != grid.TIGHT]
+        cells = [{(recipe.task, recipe.average_rank, recipe.seed) for recipe in mine if recipe.method == m} for m in grid.PEERS]
+        assert cells[0] and all(found == cells[0] for found in cells)
+
+
+def test_a_method_without_a_finished_search_is_not_tested(monkeypatch):
+    rows = searched()
+    last = next(row for row in reversed(rows) if row["method"] == "cobra" and row["kind"] == "regression")
+    monkeypatch.setattr(grid, "read_rows", lambda: [row for row in rows if row is not last])
+    left = {(kind_of(recipe.task), recipe.method, recipe.steps) for recipe in grid.final()}
+    assert ("regression", "cobra", last["config"]["steps"]) not in left
+    assert {("classification", "cobra", 200), ("regression", "lora", 600), ("language", "cobra", 60)} <= left
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from accuracy_models import encoded, started, tiny
 
 import cobra
 from bench.accuracy.grid import FEW_LAYERS, SETTINGS, TIGHT
-from bench.accuracy.methods import METHODS, Attached, attach, budget_parameters, needs_scores
+from bench.accuracy.methods import FULL, METHODS, Attached, attach, budget_parameters, needs_scores
 from bench.accuracy.recipe import Recipe
 from bench.accuracy.run import _train
 from cobra.sites import find_sites
@@ -45,7 +45,7 @@ def head(model) -> torch.Tensor:
     return next(p for name, p in model.named_parameters() if p.requires_grad and "classifier" in name and p.ndim == 2)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != FULL])
 def test_methods_end_at_the_budget_of_lora(method):
     """A few real steps, through cut or pruning: what remains is what a LoRA of the rank has, and the ranks say so."""
     recipe, budget = recipe_of(method), budget_parameters(sites(), RANK)
@@ -61,6 +61,16 @@ def test_methods_end_at_the_budget_of_lora(method):
         assert sum(ranks.values()) == RANK * len(ranks)  # a budget in ranks, which peft moves between layers
     else:
         assert budget - WIDEST < spent(ranks) <= budget and spent(ranks) == pytest.approx(budget, rel=0.01)
+
+
+def test_full_trains_every_weight_of_the_same_layers_and_nothing_else():
+    found = attached(recipe_of(FULL))
+    before = {name: p.detach().clone() for name, p in found.model.named_parameters()}
+    _train(found, encoded(), recipe_of(FULL))
+    moved = {name for name, p in found.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {f"{site.name}.weight" for site in sites()} | {"classifier.weight", "classifier.bias"}
+    assert found.parameters() == sum(site.in_features * site.out_features for site in sites())
+    assert found.ranks() == {site.name: min(site.in_features, site.out_features) for site in sites()}
 
 
 def test_random_ranks_spend_the_budget_and_follow_the_seed():
