@@ -173,7 +173,7 @@ class Adapter:
 
         budget: ranks, or a `Budget` in another unit or with constraints; by default the config's
 
-        Raises ValueError for a budget out of range and gates that are not finite.
+        Raises ValueError for a budget out of range, and gates or updates that are not finite.
         """
         budget = Budget.of(self.config.rank_budget if budget is None else budget)
         posteriors = [self._gate_logits(group).sigmoid() for group in self.groups]
@@ -192,18 +192,17 @@ class Adapter:
                 SitePlan(g.name, g.members, rank_cost("parameters", g.shapes), tuple(kept), tuple(p.tolist()), energy)
                 for g, kept, p, energy in found
             ),
-            self._fold,
+            "one" if self.config.gate == "open" else self.config.fold,
             self.base_fingerprint,
             {**provenance(by, budget, allocation), "step": self.current_step},
         )
 
-    @property
-    def _fold(self) -> str:
-        return "one" if self.config.gate == "open" else self.config.fold
-
     def _energy(self, group: Group) -> Tensor:
         """(r,) fp64 of the k-th singular directions of all layers of the group."""
-        return sum(singular_directions(layers[0], self._fold).energy.cpu() for layers in group.layers)
+        try:
+            return sum(singular_directions(layers[0]).energy.cpu() for layers in group.layers)
+        except ValueError as error:
+            raise ValueError(f"{group.name}: {error}") from error
 
     def _gate_logits(self, group: Group) -> Tensor:
         gate = group.gate
@@ -224,14 +223,15 @@ class Adapter:
     def apply(self, plan: RankPlan, optimizer: Optimizer | None = None) -> None:
         """Cuts the matrices to the kept ranks. Layers of rank 0 become the base model's own modules again.
 
-        optimizer: takes over the cut parameters, with their state cut alike, and loses those that are gone. Without it, make
-            a new optimizer from `parameter_groups`: the old one holds parameters that no longer count.
+        optimizer: takes over the cut parameters, with their state cut alike (in the singular basis it starts anew), and loses
+            those that are gone. Without it, make a new optimizer from `parameter_groups`: the old one holds parameters that no
+            longer count.
 
         Raises ValueError for a plan of another adapter, or one that was applied before.
         """
         self._check_plan(plan)
         distributed.check_whole(self.state_dict(), "apply(plan)")
-        if optimizer is not None:
+        if optimizer is not None and not any(site.energy for site in plan.sites):
             shrink.check_optimizer(optimizer)
         removed: list[nn.Parameter] = []
         dropped: list[Site] = []

@@ -16,6 +16,7 @@ from cobra.linear import CobraLinear
 from cobra.lora import LoraAdapter, LoraLayer, check_layer
 from cobra.prior import fuse, prior_logits
 from cobra.scores import LayerScores
+from cobra.singular import ROW_NORM
 from cobra.sites import Site, block_of, find_sites, fingerprint, is_quantised_linear, task_heads
 
 
@@ -240,7 +241,7 @@ def _start_from(layer: CobraLinear, directions: torch.Tensor) -> None:
     direction stay as drawn."""
     rows = directions[: layer.rank].to(layer.lora_A)
     norms = rows.norm(dim=1, keepdim=True)
-    unit = rows / norms.clamp(min=torch.finfo(rows.dtype).tiny) * 3**-0.5
+    unit = rows / norms.clamp(min=torch.finfo(rows.dtype).tiny) * ROW_NORM
     layer.lora_A[: len(rows)] = torch.where(norms > 0, unit, layer.lora_A[: len(rows)])
 
 

@@ -126,10 +126,11 @@ def _check_same_run(adapter: Adapter, path: Path | str, meta: dict) -> None:
     ours = json.loads(json.dumps(adapter.config.to_dict()))
     # another backend computes the same, but for the last bits; how lora_A was drawn is past, its values are in the file
     del ours["backend"], ours["share_inputs"], ours["init"]
-    changed = [k for k in ours if meta["config"].get(k) != ours[k]]
+    saved = {"basis": "gates", **meta["config"]}  # what older files do not say
+    changed = [k for k in ours if saved.get(k) != ours[k]]
     if changed:
         k = changed[0]
-        raise ValueError(f"{path} was trained with {k}={meta['config'].get(k)!r}, this adapter has {k}={ours[k]!r}")
+        raise ValueError(f"{path} was trained with {k}={saved.get(k)!r}, this adapter has {k}={ours[k]!r}")
 
 
 def _optimizer_state(tensors: dict[str, Tensor], meta: dict) -> dict:

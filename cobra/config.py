@@ -74,8 +74,8 @@ class CobraConfig:
     gate: "concrete" (noise once per optimizer step), "straight_through" (the same, rounded to 0 or 1 in the forward), "mean"
         (sigmoid of the logit, no noise), "open" (plain LoRA)
     basis: what the cut ranks. "gates": the gates, by their posterior. "singular": the singular directions of every layer's
-        update, by their energy (`cobra.singular`); a cut then loses the least of the update that ranks allow
-    fold: the factor a kept rank carries after the cut: 1, or its mean gate
+        update as it is with mean gates, by their energy (`cobra.singular`); a cut then loses the least of it that ranks allow
+    fold: the factor a kept gate's rank carries after the cut: 1, or its mean gate
     gate_lr_scale, lora_B_lr_scale: learning rates of the gate logits and of lora_B over that of lora_A
     dropout: on the adapter branch's input
     seed: of lora_A's initialisation and of every gate

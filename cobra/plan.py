@@ -189,8 +189,9 @@ class RankPlan:
         for s in self.sites:
             kept = [s.values[k] for k in s.kept]
             dropped = [value for k, value in enumerate(s.values) if k not in set(s.kept)]
-            least = f"{min(kept):.3f}" if kept else "-"
-            best = f"{max(dropped):.3f}" if dropped else "-"
+            spec = ".3g" if s.energy else ".3f"
+            least = f"{min(kept):{spec}}" if kept else "-"
+            best = f"{max(dropped):{spec}}" if dropped else "-"
             lines.append(f"{s.name:<{width}}  {s.rank:>4}  {least:>10}  {best:>12}  {s.rank * s.cost:>10,}")
         lines.append(f"{'total':<{width}}  {self.total:>4}  {'':>10}  {'':>12}  {self.parameters:>10,}")
         if self.provenance.get("allocation"):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cobra.distributed import whole
 from cobra.linear import CobraLinear
 from cobra.plan import SitePlan
 from cobra.singular import singular_directions
@@ -22,9 +23,10 @@ def kept_matrices(layer: CobraLinear, site: SitePlan, fold: str) -> tuple[Tensor
     """lora_A (rank, K) and lora_B (N, rank) after the cut, folded."""
     kept = torch.tensor(site.kept, dtype=torch.long, device=layer.lora_A.device)
     if site.energy:
-        lora_A, lora_B, _ = singular_directions(layer, fold)
+        lora_A, lora_B, _ = singular_directions(layer)
         return lora_A[kept].to(layer.lora_A), lora_B[:, kept].to(layer.lora_B)
-    return layer.lora_A.detach()[kept], layer.lora_B.detach()[:, kept] * fold_factors(site, fold).to(layer.lora_B)
+    lora_A, lora_B = whole(layer.lora_A).detach(), whole(layer.lora_B).detach()
+    return lora_A[kept], lora_B[:, kept] * fold_factors(site, fold).to(lora_B)
 
 
 def shrink_layers(layers: list[CobraLinear], site: SitePlan, fold: str, optimizer: Optimizer | None) -> None:
@@ -35,14 +37,8 @@ def shrink_layers(layers: list[CobraLinear], site: SitePlan, fold: str, optimize
     first = layers[0]
     lora_A, lora_B = map(nn.Parameter, kept_matrices(first, site, fold))
     if optimizer is not None:
-        kept = torch.tensor(site.kept, device=first.lora_A.device)
-        factors = fold_factors(site, fold).to(first.lora_B)
-        cuts = ((first.lora_A, lora_A, 0, torch.ones_like(factors)[:, None]), (first.lora_B, lora_B, 1, factors))
-        for old, new, dim, scale in cuts:
-            _replace(optimizer, old, new)
-            state = optimizer.state.pop(old, None)
-            if state is not None and not site.energy:
-                optimizer.state[new] = {k: _cut_state(k, v, old.shape, dim, kept, scale) for k, v in state.items()}
+        _hand_over(optimizer, first.lora_A, lora_A, None if site.energy else (site, 0, "one"))
+        _hand_over(optimizer, first.lora_B, lora_B, None if site.energy else (site, 1, fold))
     for layer in layers:
         layer.lora_A, layer.lora_B = lora_A, lora_B
         layer.lora_gate = layer.gate_noise = layer.gate_draw = None
@@ -68,10 +64,19 @@ def check_optimizer(optimizer: Optimizer) -> None:
                 )
 
 
-def _replace(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:
-    """A new object: graphs of earlier steps still know the old shape."""
+def _hand_over(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, cut: tuple[SitePlan, int, str] | None) -> None:
+    """The new parameter in the old one's place: graphs of earlier steps still know the old shape.
+
+    cut: what of the state goes over, by plan, dimension of the ranks and fold; None leaves it behind
+    """
     for group in optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
+    state = optimizer.state.pop(old, None)
+    if state is not None and cut is not None:
+        site, dim, fold = cut
+        kept, factors = torch.tensor(site.kept, device=old.device), fold_factors(site, fold).to(new)
+        factors = factors if dim else factors[:, None]
+        optimizer.state[new] = {key: _cut_state(key, value, old.shape, dim, kept, factors) for key, value in state.items()}
 
 
 def _cut_state(key: str, value: object, shape: torch.Size, dim: int, kept: Tensor, factors: Tensor) -> object:

@@ -1,6 +1,6 @@
 """The singular directions of an update: what a cut to fewer ranks loses least by.
 
-    scaling lora_B diag(f) lora_A = U diag(σ) Vᵀ          f 1, or the mean gates
+    scaling lora_B diag(z̄) lora_A = U diag(σ) Vᵀ          z̄ the mean gates, as in evaluation mode
 
 Gates are trained on rows of lora_A as they happen to lie, and what one of them carries another may carry too. In the basis of
 the singular directions nothing is carried twice: dropping direction k changes the update by σ_k in Frobenius norm, and of all
@@ -30,14 +30,16 @@ class Directions(NamedTuple):
 
 
 @torch.no_grad()
-def singular_directions(layer: CobraLinear, fold: str) -> Directions:
-    """The update of a layer in its singular basis, in fp64; rows of lora_A at the length of drawn ones.
+def singular_directions(layer: CobraLinear) -> Directions:
+    """The update of a layer in its singular basis, in fp64, gates folded in; rows of lora_A at the length of drawn ones.
 
-    fold: "mean" multiplies every rank by its mean gate first, "one" does not
+    Raises ValueError for matrices that are not finite.
     """
     lora_A, lora_B = whole(layer.lora_A).double(), whole(layer.lora_B).double()
-    if fold == "mean" and layer.lora_gate is not None:
+    if layer.lora_gate is not None:
         lora_B = lora_B * whole(layer.lora_gate).double().sigmoid()
+    if not (lora_A.isfinite().all() and lora_B.isfinite().all()):
+        raise ValueError("the update is not finite: the training diverged; lower the learning rate")
     Q_B, R_B = torch.linalg.qr(lora_B)
     Q_A, R_A = torch.linalg.qr(lora_A.t())
     U, sigma, Vt = torch.linalg.svd(R_B @ R_A.t())

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import cobra
+from cobra import storage
+from cobra.checkpoint import KIND
 
 SEARCH, TOTAL = 4, 8
 CONFIG = {"rank_budget": 5, "r_max": 3, "total_steps": SEARCH, "dropout": 0.1, "gate_lr_scale": 50.0, "beta": 0.1}
@@ -165,6 +167,7 @@ def test_without_an_optimizer(tmp_path):
         ("temperature", (1.0, 0.5)),
         ("target_modules", r".*mlp.*"),
         ("granularity", "block"),
+        ("basis", "singular"),
     ],
 )
 def test_another_config_is_named(field, value, tmp_path):
@@ -176,6 +179,17 @@ def test_another_config_is_named(field, value, tmp_path):
     with pytest.raises(ValueError, match=message):
         other.load(tmp_path / "run.cobra")
     assert_same_bits(copied(other.adapter), before)
+
+
+def test_files_from_before_there_was_a_choice_of_basis(tmp_path):
+    path = tmp_path / "run.cobra"
+    attached(vit)[1].save_checkpoint(path)
+    tensors, meta = storage.read_tensors(path, KIND)
+    del meta["config"]["basis"]
+    storage.write_tensors(path, tensors, KIND, {k: v for k, v in meta.items() if k not in ("kind", "version")})
+    attached(vit)[1].load_checkpoint(path)
+    with pytest.raises(ValueError, match="trained with basis='gates', this adapter has basis='singular'"):
+        attached(vit, basis="singular")[1].load_checkpoint(path)
 
 
 def test_another_backend_computes_the_same_run(tmp_path):

@@ -165,7 +165,9 @@ def _trajectories(run: Run) -> Iterator[str | Exhibit]:
     if reason := tables.uneven(run.gates):
         yield paragraph(f"Gate trajectories are not drawn: {reason}.", "absent")
         return
-    plan = run.plan if run.plan is not None and tables.same_gates(run.gates, run.plan) else None
+    plan = run.plan
+    if plan is not None and not (measures.keeps_gates(plan) and tables.same_gates(run.gates, plan)):
+        plan = None
     caption = "Probability of gates by step; below, each group's expected rank, the sum of its probabilities."
     figure = plots.gate_trajectories(run.gates, plan, run.cut)
     yield Exhibit("gate_trajectories", "Gates over training", caption, tables.trajectories(run.gates), figure)
