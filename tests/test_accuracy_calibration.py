@@ -59,6 +59,6 @@ def test_places_are_told_apart_and_shown():
     table = tables.calibration_gains(rows, summarise(rows, FEW))
     assert len(table.splitlines()) == 2 + 2 * len(METRICS)
     assert (
-        "| minilm, rank 2, steps 50 | cobra | 2 | ECE | +0.0000 |" in table
-        and "| minilm, rank 2 | cobra | 2 | ECE | -0.0" in table
+        "| minilm, rank 2, steps 50 | cobra | 2 | 3 | ECE | +0.0000 |" in table
+        and "| minilm, rank 2 | cobra | 2 | 5 | ECE | -0.0" in table
     )

@@ -103,13 +103,16 @@ def calibration_gains(rows: Sequence[dict], summary: Summary) -> str:
     """NLL, ECE and Brier score beside LoRA's: the mean difference, its interval and p-values over seeds."""
     out = [
         (
-            *(str(found.place), found.method, f"{found.tasks}", METRICS[found.metric], f"{found.change.mean:+.4f}"),
+            *(str(found.place), found.method, f"{found.tasks}", seeds(found.change.seeds), METRICS[found.metric]),
+            f"{found.change.mean:+.4f}",
             f"{found.change.low:+.4f} to {found.change.high:+.4f}",
             *(p_value(found.change.p), p_value(found.corrected)),
         )
         for found in calibration_changes(summary)
     ]
-    return markdown(("at", "method", "tasks", "metric", "beside LoRA, ↓", "95 % interval", "p", "p, Holm"), out)
+    return markdown(
+        ("at", "method", "tasks", "seeds", "metric", "beside LoRA, ↓", "95 % interval", "p over seeds", "p, Holm"), out
+    )
 
 
 def means(rows: Sequence[dict], summary: Summary) -> str:
