@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,16 +12,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cobra import checkpoint, distributed, shrink
-from cobra.budget import Budget, allocate
+from cobra.budget import Budget
 from cobra.config import CobraConfig
 from cobra.deploy.cost import WORKSPACE
-from cobra.group import Group, cost_of_rank
+from cobra.group import Group
 from cobra.linear import CobraLinear
 from cobra.lora import LoraAdapter, LoraLayer
 from cobra.merge import Merge, MergeReport, check_merge_options, merge_layers, merge_layers_in_place, probe_outputs
-from cobra.plan import RankPlan, SitePlan, provenance, rank_cost
+from cobra.plan import RankPlan
+from cobra.selection import select_ranks
 from cobra.shared import SharedInputs
-from cobra.singular import singular_directions
 from cobra.sites import Site, fingerprint
 from cobra_kernels import draw_words, gate_kl, gate_kl_sampled, gate_noise
 
@@ -176,39 +175,7 @@ class Adapter:
         Raises ValueError for a budget out of range, and gates or updates that are not finite.
         """
         budget = Budget.of(self.config.rank_budget if budget is None else budget)
-        posteriors = [self._gate_logits(group).sigmoid() for group in self.groups]
-        diverged = [g.name for g, p in zip(self.groups, posteriors, strict=True) if not torch.isfinite(p).all()]
-        if diverged:
-            raise ValueError(f"{diverged[0]}: gates are not finite: the training diverged; lower the learning rate")
-        costs = [cost_of_rank(group.sites, budget.unit, group.layers[0][0].lora_A.element_size()) for group in self.groups]
-        values, energies, by = posteriors, [()] * len(posteriors), "gates"
-        if self.config.basis == "singular":
-            values, by = [self._energy(group) for group in self.groups], "singular"
-            energies, budget = [tuple(v.tolist()) for v in values], replace(budget, objective="count")
-        allocation = allocate([g.name for g in self.groups], values, costs, budget)
-        found = zip(self.groups, allocation.kept, posteriors, energies, strict=True)
-        return RankPlan(
-            tuple(
-                SitePlan(g.name, g.members, rank_cost("parameters", g.shapes), tuple(kept), tuple(p.tolist()), energy)
-                for g, kept, p, energy in found
-            ),
-            "one" if self.config.gate == "open" else self.config.fold,
-            self.base_fingerprint,
-            {**provenance(by, budget, allocation), "step": self.current_step},
-        )
-
-    def _energy(self, group: Group) -> Tensor:
-        """(r,) fp64 of the k-th singular directions of all layers of the group."""
-        try:
-            return sum(singular_directions(layers[0]).energy.cpu() for layers in group.layers)
-        except ValueError as error:
-            raise ValueError(f"{group.name}: {error}") from error
-
-    def _gate_logits(self, group: Group) -> Tensor:
-        gate = group.gate
-        if gate is None:
-            return torch.tensor(group.prior, dtype=torch.float64)
-        return distributed.whole(gate).detach().double().cpu()
+        return select_ranks(self.groups, self.config, budget, self.base_fingerprint, self.current_step)
 
     @contextmanager
     def hard_gates(self, plan: RankPlan) -> Iterator[None]:
@@ -216,8 +183,10 @@ class Adapter:
         self._check_plan(plan)
         with ExitStack() as stack:
             for group, site in zip(self.groups, plan.sites, strict=True):
-                for layer in group.all_layers:
-                    stack.enter_context(layer.cut_to(*shrink.kept_matrices(layer, site, plan.fold)))
+                for layers in group.layers:
+                    matrices = shrink.kept_matrices(layers[0], site, plan.fold)
+                    for layer in layers:
+                        stack.enter_context(layer.cut_to(*matrices))
             yield
 
     def apply(self, plan: RankPlan, optimizer: Optimizer | None = None) -> None:

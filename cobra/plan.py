@@ -101,9 +101,15 @@ class RankPlan:
     def from_dict(cls, value: dict) -> RankPlan:
         """From `to_dict`. Raises ValueError for missing fields and kept ranks that are no gates."""
         try:
-            lists = ("members", "kept", "posterior")
             sites = tuple(
-                SitePlan(s["name"], **{k: tuple(s[k]) for k in lists}, cost=s["cost"], energy=tuple(s.get("energy", ())))
+                SitePlan(
+                    name=s["name"],
+                    members=tuple(s["members"]),
+                    cost=s["cost"],
+                    kept=tuple(s["kept"]),
+                    posterior=tuple(s["posterior"]),
+                    energy=tuple(s.get("energy", ())),  # older plans have none
+                )
                 for s in value["sites"]
             )
             plan = cls(sites, value["fold"], value["fingerprint"], dict(value.get("provenance", {})))

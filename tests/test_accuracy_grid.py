@@ -81,6 +81,15 @@ def test_methods_are_searched_alike():
         assert tried()["classification", 2, 200, method] >= set(grid.RATES)
 
 
+def test_no_committed_result_is_at_a_rate_where_its_search_ended():
+    """Then a better one may lie beyond."""
+    rates = tried()
+    for row in rows.read_rows():
+        if row["phase"] == "final":
+            recipe = Recipe.from_dict(row["config"])
+            assert min(rates[study(recipe)]) < recipe.lr < max(rates[study(recipe)]), row["key"]
+
+
 def test_methods_are_tested_alike(finals):
     """At the rate that the search found for kind, rank and conditions, in the form that was searched, in the same cells."""
     forms = {(study(recipe), recipe.settings) for recipe in grid.search()}

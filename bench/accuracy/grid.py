@@ -23,7 +23,7 @@ RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2, 3, 4)
 PEERS = ("lora", "cobra", "adalora")
 METHODS = (*PEERS, "paper")
-VARIANTS = ("dora", "eva")
+VARIANTS = ("rslora", "dora", "eva")
 LIKE = {"random": "lora"}  # controls take the rate of the method that they are plain forms of
 SEARCH_SEED = 100  # of no final run
 TASKS = ("supersense", "rt", "crowd", "kotz", "trec")
@@ -140,7 +140,7 @@ SEARCHES = (
     (SEARCH_TASKS, 2, SHORT, {"lora": RATES[1:], "cobra": RATES[1:], "adalora": (*RATES[1:], 1.6e-2)}),
     (SEARCH_TASKS, 2, {}, dict.fromkeys(VARIANTS, RATES[2:])),
     (REGRESSIONS[:1], 2, LONG, {"lora": RATES[2:], "cobra": RATES[1:4]}),
-    (LANGUAGE, 2, {}, dict.fromkeys(PEERS, RATES[3:])),
+    (LANGUAGE, 2, {}, dict.fromkeys(PEERS, (*RATES[3:], 1.6e-2))),
 )
 
 

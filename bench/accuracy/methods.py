@@ -103,8 +103,6 @@ def _peft(recipe: Recipe, model: nn.Module, batches: Callable[[], Sequence]) -> 
     if recipe.method == "adalora":
         return _adalora(recipe, model, shapes, common)
     extra = {"rslora": {"use_rslora": True}, "dora": {"use_dora": True}}.get(recipe.method, {})
-    if recipe.method == "rslora":
-        common["lora_alpha"] = 2 * rank**0.5 * options.get("alpha_scale", 1.0)
     if recipe.method == "eva":
         extra = {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=2.0)}
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=rank, **common, **extra))
