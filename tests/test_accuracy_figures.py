@@ -35,6 +35,20 @@ def test_diverged_rates_leave_gaps(points):
     assert sorted(drawn) == [("cobra", 0.001), ("cobra", 0.003), ("lora", 0.001), ("lora", 0.003)]
 
 
+def test_other_conditions_have_no_panel_of_ranks():
+    rows = [row(m, steps=steps, seed=s) for m in ("lora", "cobra") for steps in (50, 200) for s in range(2)]
+    summary = summarise(rows, 200)
+    assert {p["panel"] for p in figures.accuracy_by_rank(rows, summary)} == {"hyper"}
+    assert {p["label"] for p in figures.differences(rows, summary)} == {"hyper, r = 2", "hyper, steps 50, r = 2"}
+
+
+def test_labels_of_many_ticks_leave_each_other_room():
+    few, many = (0.22222, 2, 8), [2.5e-5 * 2**k for k in range(10)]
+    assert figures._labels(few) == ["0.22", "2", "8"] and figures._labels([8]) == ["8"]
+    shown = [at for at, label in enumerate(figures._labels(many)) if label]
+    assert shown == [0, 3, 6, 9]
+
+
 def test_no_rows():
     assert all(make([], summarise([])) == [] for make, *_ in figures.FIGURES.values())
 

@@ -30,7 +30,7 @@ class Place(NamedTuple):
     condition: str = ""
 
     def __str__(self) -> str:
-        return ", ".join([self.model, f"rank {self.rank:g}", *filter(None, [self.condition])])
+        return ", ".join([self.model, f"rank {self.rank:.2g}", *filter(None, [self.condition])])
 
 
 class Cell(NamedTuple):

@@ -67,11 +67,12 @@ Points = list[dict]
 
 
 def accuracy_by_rank(rows: Sequence[dict], summary: Summary) -> Points:
-    """Level and interval of every method, by task and rank."""
+    """Level and interval of every method, by task and rank, in the usual conditions."""
     return [
         {"panel": _panel(summary, cell), "kind": summary.kind(cell), "method": method, "rank": cell.rank}
         | _rounded(mean=found.mean, low=found.low, high=found.high)
         for (cell, method), found in sorted(summary.levels.items(), key=lambda item: item[0])
+        if not cell.condition
     ]
 
 
@@ -99,7 +100,7 @@ def draw_accuracy_by_rank(points: Points) -> Figure:
 def differences(rows: Sequence[dict], summary: Summary) -> Points:
     """Gains over LoRA with intervals, and whether they are significant after Holm's correction."""
     return [
-        {"method": c.method, "kind": c.kind, "label": f"{_panel(summary, c.cell)}, r = {c.cell.rank:g}"}
+        {"method": c.method, "kind": c.kind, "label": f"{_panel(summary, c.cell)}, r = {c.cell.rank:.2g}"}
         | {"verdict": c.verdict, "order": [c.cell.model, c.cell.condition, c.cell.task, c.cell.rank]}
         | _rounded(mean=100 * c.gain.mean, low=100 * c.gain.low, high=100 * c.gain.high)
         for c in summary.comparisons
@@ -264,7 +265,17 @@ def _ticks(axis: Axes, values: Sequence[float]) -> None:
     axis.xaxis.set_major_locator(FixedLocator(values))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set_xticklabels([f"{value:g}" for value in values])
+    axis.set_xticklabels(_labels(values))
+
+
+def _labels(values: Sequence[float]) -> list[str]:
+    """Of ticks on a logarithmic axis, those left out for which there is no room beside the last."""
+    room, last, labels = math.log(values[-1] / values[0]) / 4, -math.inf, []
+    for value in values:
+        shown = math.log(value) - last >= room
+        labels.append(f"{value:.2g}" if shown else "")
+        last = math.log(value) if shown else last
+    return labels
 
 
 def _legend(figure: Figure, axes: Sequence[Axes], methods: Sequence[str]) -> None:

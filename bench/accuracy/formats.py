@@ -65,7 +65,7 @@ def seeds(count: int) -> str:
 
 
 def listed(values: Iterable[object]) -> str:
-    return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+    return ", ".join(f"{v:.2g}" if isinstance(v, float) else str(v) for v in values)
 
 
 def _line(cells: Sequence[object]) -> str:
