@@ -56,7 +56,12 @@ def test_diverged_settings_are_counted():
 
 def test_ranks_have_references_of_their_own():
     rows = study() + [row("cobra", "hyper", 8, seed, "factor", 0.9) for seed in range(2)]
-    assert [(e.rank, e.changed) for e in effects(rows)][-1] == (8, "")
+    assert [(e.place.rank, e.changed) for e in effects(rows)][-1] == (8, "")
+
+
+def test_conditions_have_references_of_their_own():
+    rows = study() + [row("cobra", "hyper", 2, seed, "factor", 0.9, steps=50) for seed in range(2)]
+    assert [(e.place.condition, e.changed) for e in effects(rows) if not e.changed] == [("", ""), ("steps 50", "")]
 
 
 def test_kinds_have_references_of_their_own():

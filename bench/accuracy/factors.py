@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.accuracy.cells import METRIC, differing, flat, higher_is_better, of_phase
+from bench.accuracy.cells import METRIC, Place, cell_of, differing, flat, higher_is_better, of_phase
 from bench.accuracy.intervals import Estimate, mean_of, seeds_estimate
 
 
@@ -22,8 +22,7 @@ class Effect:
     runs: pairs of runs compared; diverged: runs of these settings that did
     """
 
-    model: str
-    rank: float
+    place: Place
     kind: str
     changed: str
     gains: dict[str, Estimate]
@@ -33,7 +32,7 @@ class Effect:
 
 
 def effects(rows: Sequence[dict], phase: str = "factor") -> list[Effect]:
-    """For every model, rank and kind of task the reference, then its changes, best first.
+    """For every place and kind of task the reference, then its changes, best first.
 
     The reference is the configuration from which the others differ in the fewest fields; it too must be of the phase.
     """
@@ -41,14 +40,14 @@ def effects(rows: Sequence[dict], phase: str = "factor") -> list[Effect]:
     studies = defaultdict(lambda: defaultdict(dict))
     failed = defaultdict(int)
     for row in finished:
-        studies[row["model"], row["average_rank"], row["kind"]][_settings(row)][row["task"], row["seed"]] = row
+        studies[cell_of(row).place, row["kind"]][_settings(row)][row["task"], row["seed"]] = row
     for row in diverged:
-        studies[row["model"], row["average_rank"], row["kind"]].setdefault(_settings(row), {})
+        studies[cell_of(row).place, row["kind"]].setdefault(_settings(row), {})
         failed[row["kind"], _settings(row)] += 1
     found = []
     for study, configs in sorted(studies.items()):
         reference = _reference(configs)
-        effect = {config: _effect(study, configs, config, reference, failed[study[2], config]) for config in configs}
+        effect = {config: _effect(study, configs, config, reference, failed[study[1], config]) for config in configs}
         changes = [effect[config] for config in configs if config != reference]
         changes.sort(key=lambda e: (e.mean is None, -e.mean.mean if e.mean else 0.0, e.changed))
         found += [effect[reference], *changes]
@@ -68,7 +67,7 @@ def _reference(configs: dict[str, dict]) -> str:
     return min(configs, key=distance)
 
 
-def _effect(study: tuple[str, float, str], configs: dict, config: str, reference: str, diverged: int) -> Effect:
+def _effect(study: tuple[Place, str], configs: dict, config: str, reference: str, diverged: int) -> Effect:
     ours, theirs = configs[config], configs[reference]
     by_task = defaultdict(list)
     for run in sorted(ours.keys() & theirs.keys()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -76,6 +77,22 @@ PARTS = (
     {"gate": "open", "r_max_multiple": 1, "init": "uniform"},
     {"gamma": 0.0},
     {"cut": 0.1},
+)
+SHORT_PARTS = (
+    {},
+    {"lr": 0.5},  # times the best rate
+    {"init": "uniform"},
+    {"gate": "open"},
+    {"gate": "open", "init": "uniform"},
+    {"gate": "open", "r_max_multiple": 1, "init": "uniform"},
+)
+TIGHT_PARTS = (
+    {},
+    {"init": "uniform"},
+    {"gate": "open"},
+    {"gate": "open", "init": "uniform"},
+    {"gate": "open", "init": "uniform", "r_max_multiple": 4.5},
+    {"gate": "open", "init": "uniform", "cut": 0.1},
 )
 ABLATIONS = (
     {},
@@ -163,16 +180,21 @@ def factor() -> Iterator[Recipe]:
 
 
 def ablation() -> Iterator[Recipe]:
-    """On validation: COBRA's form without each of its parts, on a regression; the published form with and without each of
-    them, on classification."""
+    """On validation: COBRA's form without its parts, on regressions, in a short training and at a ninth of the parameters; the
+    published form with and without each of them, on classification."""
     seeds, rows = range(SEARCH_SEED, SEARCH_SEED + 3), read_rows()
-    studies = ((REGRESSIONS, "cobra", COBRA, PARTS), (FACTOR_TASKS, "paper", PAPER, ABLATIONS))
-    for tasks, searched, form, changes in studies:
-        if rate := _rates(rows, kind_of(tasks[0]), 2, {}).get(searched):
-            for seed in seeds:
-                for change in changes:
-                    for task in tasks:
-                        yield Recipe("ablation", task, "cobra", 2, rate, seed, settings=tuple({**form, **change}.items()))
+    studies = (
+        (REGRESSIONS, 2, {}, "cobra", COBRA, PARTS),
+        (FACTOR_TASKS, 2, {}, "paper", PAPER, ABLATIONS),
+        (FACTOR_TASKS, 2, SHORT, "cobra", COBRA, SHORT_PARTS),
+        (FACTOR_TASKS, TIGHT, {}, "cobra", FEW_LAYERS["cobra"], TIGHT_PARTS),
+    )
+    for tasks, rank, conditions, searched, form, changes in studies:
+        if best := _rates(rows, kind_of(tasks[0]), _searched_rank(rank), conditions).get(searched):
+            for seed, change, task in product(seeds, changes, tasks):
+                settings = {**form, **change}
+                rate = best * settings.pop("lr", 1.0)
+                yield Recipe("ablation", task, "cobra", rank, rate, seed, settings=tuple(settings.items()), **conditions)
 
 
 def final() -> Iterator[Recipe]:
@@ -194,12 +216,16 @@ def final() -> Iterator[Recipe]:
         (LANGUAGE, 2, {}, PEERS, few),
     )
     for tasks, rank, conditions, methods, seeds in cells:
-        rates = _rates(rows, kind_of(tasks[0]), 2 if rank == TIGHT else rank, conditions)
+        rates = _rates(rows, kind_of(tasks[0]), _searched_rank(rank), conditions)
         for seed in seeds:
             for task in tasks:
                 for method in methods:
                     if rate := rates.get(LIKE.get(method, method)):
                         yield _recipe("final", task, method, rank, rate, seed, **conditions)
+
+
+def _searched_rank(rank: float) -> float:
+    return 2 if rank == TIGHT else rank
 
 
 def _rates(rows: list[dict], kind: str, rank: float, conditions: dict) -> dict[str, float]:

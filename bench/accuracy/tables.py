@@ -204,8 +204,8 @@ def factors(rows: Sequence[dict], summary: Summary, phase: str = "factor") -> st
     """One row a change, and what it brings on validation. The reference shows its levels."""
     blocks, by_place = [], defaultdict(list)
     for effect in effects(rows, phase):
-        by_place[effect.model, effect.rank, effect.kind].append(effect)
-    for (model, rank, kind), found in by_place.items():
+        by_place[effect.place, effect.kind].append(effect)
+    for (place, kind), found in by_place.items():
         tasks = sorted({task for effect in found for task in effect.gains})
         out = []
         for effect in found:
@@ -213,7 +213,7 @@ def factors(rows: Sequence[dict], summary: Summary, phase: str = "factor") -> st
             diverged = f", {effect.diverged} diverged" if effect.diverged else ""
             out.append((effect.changed or "reference", *cells, _gained(effect, effect.mean), f"{effect.runs}{diverged}"))
         header = ("changed", *(f"{task} ({GAIN[kind]})" for task in tasks), "mean", "runs")
-        blocks.append(_titled(Place(model, rank, kind), markdown(header, out)))
+        blocks.append(_titled(f"{place}, {kind}", markdown(header, out)))
     return "\n\n".join(blocks) or EMPTY
 
 
@@ -238,7 +238,7 @@ def _by_place(summary: Summary, table: Callable[[list[Cell]], str]) -> str:
     return "\n\n".join(_titled(place, table(summary.cells(place))) for place in summary.places()) or EMPTY
 
 
-def _titled(place: Place, table: str) -> str:
+def _titled(place: Place | str, table: str) -> str:
     return f"**{place}**\n\n{table}"
 
 
