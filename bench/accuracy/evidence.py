@@ -22,7 +22,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "evidence.md"
 RULE = "over tasks"
 # DoRA's adapters are larger by design, AdaLoRA's up to 2 % smaller: the next rank in its order no longer fits; "full" is no
 # adapter but a ceiling. The budget table shows by how much
-UNEQUAL = ("dora", "adalora", "full")
+UNEQUAL = ("dora", "eva", "adalora", "full")
 TABLES: dict[str, Callable[[Sequence[dict], Summary], str]] = {
     "runs": tables.runs,
     "main": tables.main,

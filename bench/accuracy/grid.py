@@ -85,6 +85,8 @@ SHORT_PARTS = (
     {"gate": "open"},
     {"gate": "open", "init": "uniform"},
     {"gate": "open", "r_max_multiple": 1, "init": "uniform"},
+    {"lr": 0.5, "init": "uniform"},
+    {"lr": 0.5, "gate": "open", "r_max_multiple": 1, "init": "uniform"},
 )
 TIGHT_PARTS = (
     {},
@@ -155,9 +157,9 @@ SEARCHES = (
     (SEARCH_TASKS, 2, {}, {"singular": RATES[1:4]}),
     (REGRESSIONS[:1], 2, {}, {"singular": RATES[1:]}),
     (SEARCH_TASKS, 2, SHORT, {"lora": RATES[1:], "cobra": RATES[1:], "adalora": (*RATES[1:], 1.6e-2)}),
-    (SEARCH_TASKS, 2, {}, dict.fromkeys(VARIANTS, RATES[2:])),
+    (SEARCH_TASKS, 2, {}, dict.fromkeys(VARIANTS, RATES[1:])),
     (REGRESSIONS[:1], 2, LONG, {"lora": RATES[2:], "cobra": RATES[1:4]}),
-    (LANGUAGE, 2, {}, dict.fromkeys(PEERS, (*RATES[3:], 1.6e-2))),
+    (LANGUAGE, 2, {}, {method: (*RATES[3:], 1.6e-2) for method in PEERS[:2]} | {"adalora": (*RATES[3:], 1.6e-2, 3.2e-2)}),
 )
 
 
@@ -211,9 +213,9 @@ def final() -> Iterator[Recipe]:
         (TASKS, 2, SHORT, PEERS, few),
         (TASKS, 2, {}, VARIANTS, few),
         (TASKS, 2, {}, ("paper",), few),
+        (LANGUAGE, 2, {}, PEERS, few),
         (REGRESSIONS, 2, LONG, PEERS[:2], few),
         (TASKS, TIGHT, {}, ("lora", "cobra", "random"), few),
-        (LANGUAGE, 2, {}, PEERS, few),
     )
     for tasks, rank, conditions, methods, seeds in cells:
         rates = _rates(rows, kind_of(tasks[0]), _searched_rank(rank), conditions)
