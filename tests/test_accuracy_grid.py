@@ -18,7 +18,8 @@ from bench.accuracy.tasks import kind_of
 def study(recipe: Recipe) -> tuple:
     """What a rate is searched for; controls and budgets below rank 1 take another's."""
     rank = 2 if recipe.average_rank == grid.TIGHT else recipe.average_rank
-    return kind_of(recipe.task), rank, recipe.steps, grid.LIKE.get(recipe.method, recipe.method)
+    conditions = recipe.steps, recipe.examples, recipe.noise
+    return kind_of(recipe.task), rank, conditions, grid.LIKE.get(recipe.method, recipe.method)
 
 
 def tried() -> dict[tuple, set[float]]:
@@ -78,7 +79,7 @@ def test_methods_are_searched_alike():
         peers = [tried().get((*of, method), set()) for method in grid.PEERS]
         assert len(set.intersection(*filter(None, peers))) > 1
     for method in grid.METHODS:
-        assert tried()["classification", 2, 200, method] >= set(grid.RATES)
+        assert tried()["classification", 2, (200, 2000, 0.0), method] >= set(grid.RATES)
 
 
 def test_no_committed_result_is_at_a_rate_where_its_search_ended():
@@ -93,22 +94,28 @@ def test_no_committed_result_is_at_a_rate_where_its_search_ended():
 def test_methods_are_tested_alike(finals):
     """At the rate that the search found for kind, rank and conditions, in the form that was searched, in the same cells."""
     forms = {(study(recipe), recipe.settings) for recipe in grid.search()}
+    cells = defaultdict(set)
     for recipe in finals:
         assert recipe.lr == BEST[study(recipe)]
-        assert recipe.average_rank == grid.TIGHT or (study(recipe), recipe.settings) in forms
-    for steps in (200, 50, grid.TEXTS["steps"]):
-        mine = [recipe for recipe in finals if recipe.steps == steps and recipe.average_rank != grid.TIGHT]
-        cells = [{(recipe.task, recipe.average_rank, recipe.seed) for recipe in mine if recipe.method == m} for m in grid.PEERS]
-        assert cells[0] and all(found == cells[0] for found in cells)
+        own = recipe.average_rank == grid.TIGHT or recipe.method in grid.LIKE
+        assert own or (study(recipe), recipe.settings) in forms
+        conditions = recipe.steps, recipe.examples, recipe.noise
+        cells[recipe.method].add((recipe.task, recipe.average_rank, *conditions, recipe.seed))
+    for method, found in cells.items():
+        assert found <= cells["lora"], method
+    assert cells["cobra"] == cells["lora"]
+    assert {cell for cell in cells["lora"] if cell[1] in (2, 8) and cell[2] != 600 and cell[3] != 500 and not cell[4]} == cells[
+        "adalora"
+    ]
 
 
 def test_a_method_without_a_finished_search_is_not_tested(monkeypatch):
     rows = searched()
     last = next(row for row in reversed(rows) if row["method"] == "cobra" and row["kind"] == "regression")
     monkeypatch.setattr(grid, "read_rows", lambda: [row for row in rows if row is not last])
-    left = {(kind_of(recipe.task), recipe.method, recipe.steps) for recipe in grid.final()}
-    assert ("regression", "cobra", last["config"]["steps"]) not in left
-    assert {("classification", "cobra", 200), ("regression", "lora", 600), ("language", "cobra", 60)} <= left
+    left = {(kind_of(recipe.task), recipe.method, recipe.average_rank) for recipe in grid.final()}
+    assert ("regression", "cobra", last["average_rank"]) not in left
+    assert {("classification", "cobra", 2), ("regression", "lora", 32), ("language", "cobra", 2)} <= left
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from bench.accuracy.intervals import Estimate, mean_of, seeds_estimate
 class Effect:
     """What a change of the reference's settings brings on validation.
 
+    method: whose parts an ablation changes; "" in a study of factors, which has other methods beside
     changed: "name: reference → value", or "" for the reference itself
     gains: by task, positive where the change is better: accuracy as a fraction, or the relative fall of the loss; for the
         reference its level
@@ -24,6 +25,7 @@ class Effect:
 
     place: Place
     kind: str
+    method: str
     changed: str
     gains: dict[str, Estimate]
     mean: Estimate | None
@@ -32,7 +34,7 @@ class Effect:
 
 
 def effects(rows: Sequence[dict], phase: str = "factor") -> list[Effect]:
-    """For every place and kind of task the reference, then its changes, best first.
+    """For every place, kind of task and method of an ablation the reference, then its changes, best first.
 
     The reference is the configuration from which the others differ in the fewest fields; it too must be of the phase.
     """
@@ -40,9 +42,9 @@ def effects(rows: Sequence[dict], phase: str = "factor") -> list[Effect]:
     studies = defaultdict(lambda: defaultdict(dict))
     failed = defaultdict(int)
     for row in finished:
-        studies[cell_of(row).place, row["kind"]][_settings(row)][row["task"], row["seed"]] = row
+        studies[_study(row)][_settings(row)][row["task"], row["seed"]] = row
     for row in diverged:
-        studies[cell_of(row).place, row["kind"]].setdefault(_settings(row), {})
+        studies[_study(row)].setdefault(_settings(row), {})
         failed[row["kind"], _settings(row)] += 1
     found = []
     for study, configs in sorted(studies.items()):
@@ -52,6 +54,10 @@ def effects(rows: Sequence[dict], phase: str = "factor") -> list[Effect]:
         changes.sort(key=lambda e: (e.mean is None, -e.mean.mean if e.mean else 0.0, e.changed))
         found += [effect[reference], *changes]
     return found
+
+
+def _study(row: dict) -> tuple[Place, str, str]:
+    return cell_of(row).place, row["kind"], row["method"] if row["phase"] == "ablation" else ""
 
 
 def _settings(row: dict) -> str:
@@ -67,7 +73,7 @@ def _reference(configs: dict[str, dict]) -> str:
     return min(configs, key=distance)
 
 
-def _effect(study: tuple[Place, str], configs: dict, config: str, reference: str, diverged: int) -> Effect:
+def _effect(study: tuple[Place, str, str], configs: dict, config: str, reference: str, diverged: int) -> Effect:
     ours, theirs = configs[config], configs[reference]
     by_task = defaultdict(list)
     for run in sorted(ours.keys() & theirs.keys()):

@@ -14,6 +14,20 @@ from pathlib import Path
 
 import torch
 
+from bench.accuracy.forms import (
+    COBRA,
+    FACTOR_REFERENCE,
+    FACTORS,
+    FEW_LAYERS,
+    PAPER,
+    PUBLISHED_PARTS,
+    REGRESSION_PARTS,
+    SETTINGS,
+    SHORT_PARTS,
+    SINGULAR,
+    SINGULAR_PARTS,
+    TIGHT_PARTS,
+)
 from bench.accuracy.recipe import PHASES, TEXTS, Recipe
 from bench.accuracy.rows import append_row, claim, read_rows
 from bench.accuracy.run import Diverged, run
@@ -25,126 +39,21 @@ SEEDS = (0, 1, 2, 3, 4)
 PEERS = ("lora", "cobra", "adalora")
 METHODS = (*PEERS, "paper")
 VARIANTS = ("rslora", "dora", "eva")
-LIKE = {"random": "lora"}  # controls take the rate of the method that they are plain forms of
+LIKE = {"random": "lora", "plan": "lora"}  # controls take the rate of the method that they are plain forms of
 SEARCH_SEED = 100  # of no final run
 TASKS = ("supersense", "rt", "crowd", "kotz", "trec")
 SEARCH_TASKS = ("supersense", "rt", "trec")
 REGRESSIONS = ("tweets", "amazon")
 LANGUAGE = ("gcide",)
+GLUE = ("sst2", "cola", "mrpc", "rte")
+GRADED = ("stsb", "fiqa")
 FACTOR_TASKS = ("supersense", "rt")
+FACTOR_RATE = 2e-3
+TIGHT = 2 / 9  # the parameters of rank 1 on the layers of `FEW_LAYERS`, over those of rank 1 on all linear layers of MiniLM
 SHORT = {"steps": 50}
 LONG = {"steps": 600}
-
-# what the forms differ in is spelled out, so that their rows keep their meaning when these defaults change
-PAPER = {
-    "gate": "concrete",
-    "prior_scale": "literal",
-    "prior_level": "group",
-    "fusion": "product",
-    "gamma": 5.0,
-    "beta": 0.01,
-    "open_probability": 0.5,
-    "init": "uniform",
-    "gate_lr_scale": 1.0,
-    "lora_B_lr_scale": 1.0,
-    "r_max_multiple": 2,
-    "cut": 1.0,
-}
-COBRA = {
-    **PAPER,
-    "prior_scale": "log",
-    "gamma": 1.0,
-    "open_probability": 0.9,
-    "init": "gradient",
-    "minimum": 1,
-    "cut": 0.4,
-}
-# ranks from a wide search without gates or calibration: what the singular directions alone decide
-SINGULAR = {"gate": "open", "init": "uniform", "basis": "singular", "r_max_multiple": 8, "cut": 0.4, "scores": False}
-SETTINGS = {"paper": PAPER, "cobra": COBRA, "singular": SINGULAR}
-# below rank 1 LoRA has to choose layers: its usual choice, at rank 1
-FEW_LAYERS = {
-    "lora": {"layers": "query,value"},
-    "cobra": {**COBRA, "minimum": 0, "r_max_multiple": 18},
-    "random": {"r_max_multiple": 18},
-}
-TIGHT = 2 / 9  # the parameters of rank 1 on them, over those of rank 1 on all linear layers of MiniLM
-PARTS = (
-    {},
-    {"init": "uniform"},
-    {"gate": "open"},
-    {"gate": "open", "r_max_multiple": 1},
-    {"gate": "open", "r_max_multiple": 1, "init": "uniform"},
-    {"gamma": 0.0},
-    {"cut": 0.1},
-)
-SHORT_PARTS = (
-    {},
-    {"lr": 0.5},  # times the best rate
-    {"init": "uniform"},
-    {"gate": "open"},
-    {"gate": "open", "init": "uniform"},
-    {"gate": "open", "r_max_multiple": 1, "init": "uniform"},
-    {"lr": 0.5, "init": "uniform"},
-    {"lr": 0.5, "gate": "open", "r_max_multiple": 1, "init": "uniform"},
-)
-TIGHT_PARTS = (
-    {},
-    {"init": "uniform"},
-    {"gate": "open"},
-    {"gate": "open", "init": "uniform"},
-    {"gate": "open", "init": "uniform", "r_max_multiple": 4.5},
-    {"gate": "open", "init": "uniform", "cut": 0.1},
-)
-ABLATIONS = (
-    {},
-    {"gamma": 0.0},
-    {"gamma": 50.0},
-    {"beta": 0.0},
-    {"beta": 1.0},
-    {"fusion": "sum"},
-    {"fusion": "contribution"},
-    {"fusion": "gradient"},
-    {"open_probability": 0.9},
-    {"prior_scale": "log", "gamma": 1.0},
-    {"init": "gradient"},
-    {"minimum": 1},
-    {"cut": 0.4},
-)
-FACTORS = (
-    {},
-    {"gate": "open", "r_max_multiple": 1},
-    {"init": "uniform"},
-    {"minimum": 1},
-    {"fusion": "gradient"},
-    {"fusion": "contribution"},
-    {"prior_level": "group"},
-    {"gate_lr_scale": 30.0},
-    {"prior_level": "group", "minimum": 1},
-    {"prior_level": "group", "minimum": 1, "init": "uniform"},
-    {"gate": "concrete"},
-    {"cut": 0.1},
-    {"gamma": 0.0},
-    {"lora_B_lr_scale": 8.0},
-    {"open_probability": 0.5},
-    {"r_max_multiple": 4},
-    {"fusion": "sum"},
-    {"gate": "straight_through"},
-    {"cut": 0.8},
-    {"beta": 1.0},
-)
-FACTOR_RATE = 2e-3
-FACTOR_REFERENCE = {
-    **PAPER,
-    "gate": "mean",
-    "prior_scale": "log",
-    "prior_level": "rank",
-    "gamma": 1.0,
-    "open_probability": 0.95,
-    "init": "gradient",
-    "cut": 0.4,
-}
-
+FEW = {"examples": 500}
+NOISY = {"noise": 0.3}
 
 # tasks, average rank, conditions, learning rates of every method
 SEARCHES = (
@@ -156,10 +65,14 @@ SEARCHES = (
     (SEARCH_TASKS, 2, {}, {"full": (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4)}),
     (SEARCH_TASKS, 2, {}, {"singular": RATES[1:4]}),
     (REGRESSIONS[:1], 2, {}, {"singular": RATES[1:]}),
-    (SEARCH_TASKS, 2, SHORT, {"lora": RATES[1:], "cobra": RATES[1:], "adalora": (*RATES[1:], 1.6e-2)}),
+    (SEARCH_TASKS, 2, SHORT, {"lora": RATES[1:], "cobra": RATES[1:], "adalora": (*RATES[1:], 1.6e-2), "singular": RATES[1:4]}),
     (SEARCH_TASKS, 2, {}, dict.fromkeys(VARIANTS, RATES[1:])),
-    (REGRESSIONS[:1], 2, LONG, {"lora": RATES[2:], "cobra": RATES[1:4]}),
+    (REGRESSIONS[:1], 2, LONG, {"lora": RATES[2:], "cobra": RATES[1:]}),
     (LANGUAGE, 2, {}, {method: (*RATES[3:], 1.6e-2) for method in PEERS[:2]} | {"adalora": (*RATES[3:], 1.6e-2, 3.2e-2)}),
+    (SEARCH_TASKS, 2, FEW, dict.fromkeys(PEERS[:2], RATES[1:4])),
+    (REGRESSIONS[:1], 2, FEW, dict.fromkeys(PEERS[:2], RATES[2:])),
+    (REGRESSIONS[:1], 32, {}, dict.fromkeys(PEERS[:2], RATES[:4])),
+    (SEARCH_TASKS, 2, NOISY, dict.fromkeys(PEERS[:2], RATES[1:4])),
 )
 
 
@@ -186,17 +99,19 @@ def ablation() -> Iterator[Recipe]:
     published form with and without each of them, on classification."""
     seeds, rows = range(SEARCH_SEED, SEARCH_SEED + 3), read_rows()
     studies = (
-        (REGRESSIONS, 2, {}, "cobra", COBRA, PARTS),
-        (FACTOR_TASKS, 2, {}, "paper", PAPER, ABLATIONS),
+        (REGRESSIONS, 2, {}, "singular", SINGULAR, SINGULAR_PARTS),
+        (REGRESSIONS, 2, {}, "cobra", COBRA, REGRESSION_PARTS),
+        (FACTOR_TASKS, 2, {}, "paper", PAPER, PUBLISHED_PARTS),
         (FACTOR_TASKS, 2, SHORT, "cobra", COBRA, SHORT_PARTS),
         (FACTOR_TASKS, TIGHT, {}, "cobra", FEW_LAYERS["cobra"], TIGHT_PARTS),
     )
     for tasks, rank, conditions, searched, form, changes in studies:
+        method = "singular" if searched == "singular" else "cobra"
         if best := _rates(rows, kind_of(tasks[0]), _searched_rank(rank), conditions).get(searched):
             for seed, change, task in product(seeds, changes, tasks):
                 settings = {**form, **change}
                 rate = best * settings.pop("lr", 1.0)
-                yield Recipe("ablation", task, "cobra", rank, rate, seed, settings=tuple(settings.items()), **conditions)
+                yield Recipe("ablation", task, method, rank, rate, seed, settings=tuple(settings.items()), **conditions)
 
 
 def final() -> Iterator[Recipe]:
@@ -213,9 +128,16 @@ def final() -> Iterator[Recipe]:
         (TASKS, 2, SHORT, PEERS, few),
         (TASKS, 2, {}, VARIANTS, few),
         (TASKS, 2, {}, ("paper",), few),
-        (LANGUAGE, 2, {}, PEERS, few),
+        (LANGUAGE, 2, {}, PEERS[:2], few),
+        (TASKS, 2, SHORT, ("singular",), few),
+        (TASKS, TIGHT, {}, ("lora", "cobra", "random", "singular"), few),
+        (GLUE, 2, FEW, PEERS[:2], few),
+        ((*REGRESSIONS, *GRADED), 2, FEW, PEERS[:2], few),
+        (REGRESSIONS, 32, {}, PEERS[:2], few),
+        (REGRESSIONS, 2, {}, ("random", "plan"), few),
         (REGRESSIONS, 2, LONG, PEERS[:2], few),
-        (TASKS, TIGHT, {}, ("lora", "cobra", "random"), few),
+        (LANGUAGE, 2, {}, PEERS[2:], few),
+        (TASKS, 2, NOISY, PEERS[:2], few),
     )
     for tasks, rank, conditions, methods, seeds in cells:
         rates = _rates(rows, kind_of(tasks[0]), _searched_rank(rank), conditions)

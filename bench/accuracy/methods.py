@@ -68,7 +68,7 @@ def attach(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None, b
 
 
 def needs_scores(recipe: Recipe) -> bool:
-    return recipe.method in ("cobra", "paper", "plan") and recipe.options.get("scores", True)
+    return recipe.method in COBRA and recipe.options.get("scores", recipe.method in ("cobra", "paper", "plan"))
 
 
 def directions_needed(recipe: Recipe) -> int:

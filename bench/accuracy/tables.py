@@ -204,8 +204,8 @@ def factors(rows: Sequence[dict], summary: Summary, phase: str = "factor") -> st
     """One row a change, and what it brings on validation. The reference shows its levels."""
     blocks, by_place = [], defaultdict(list)
     for effect in effects(rows, phase):
-        by_place[effect.place, effect.kind].append(effect)
-    for (place, kind), found in by_place.items():
+        by_place[effect.place, effect.kind, effect.method].append(effect)
+    for (place, kind, method), found in by_place.items():
         tasks = sorted({task for effect in found for task in effect.gains})
         out = []
         for effect in found:
@@ -213,7 +213,7 @@ def factors(rows: Sequence[dict], summary: Summary, phase: str = "factor") -> st
             diverged = f", {effect.diverged} diverged" if effect.diverged else ""
             out.append((effect.changed or "reference", *cells, _gained(effect, effect.mean), f"{effect.runs}{diverged}"))
         header = ("changed", *(f"{task} ({GAIN[kind]})" for task in tasks), "mean", "runs")
-        blocks.append(_titled(f"{place}, {kind}", markdown(header, out)))
+        blocks.append(_titled(", ".join(filter(None, [str(place), kind, method])), markdown(header, out)))
     return "\n\n".join(blocks) or EMPTY
 
 

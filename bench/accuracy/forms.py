@@ -1,0 +1,128 @@
+"""The settings of COBRA's forms, and what the studies on validation change in them, one thing a time.
+
+"lr" stands for a multiple of the best rate.
+What the forms differ in is spelled out, so that their rows keep their meaning when the package's defaults change.
+"""
+
+PAPER = {
+    "gate": "concrete",
+    "prior_scale": "literal",
+    "prior_level": "group",
+    "fusion": "product",
+    "gamma": 5.0,
+    "beta": 0.01,
+    "open_probability": 0.5,
+    "init": "uniform",
+    "gate_lr_scale": 1.0,
+    "lora_B_lr_scale": 1.0,
+    "r_max_multiple": 2,
+    "cut": 1.0,
+}
+COBRA = {
+    **PAPER,
+    "prior_scale": "log",
+    "gamma": 1.0,
+    "open_probability": 0.9,
+    "init": "gradient",
+    "minimum": 1,
+    "cut": 0.4,
+}
+# ranks from a wide search without gates or calibration: what the singular directions alone decide
+SINGULAR = {"gate": "open", "init": "uniform", "basis": "singular", "r_max_multiple": 8, "cut": 0.4, "scores": False}
+SETTINGS = {"paper": PAPER, "cobra": COBRA, "singular": SINGULAR}
+# at an average rank below 1 LoRA has to choose layers: its usual choice, at rank 1
+FEW_LAYERS = {
+    "lora": {"layers": "query,value"},
+    "cobra": {**COBRA, "minimum": 0, "r_max_multiple": 18},
+    "random": {"r_max_multiple": 18},
+    "singular": {**SINGULAR, "r_max_multiple": 18},
+}
+REGRESSION_PARTS = (
+    {},
+    {"init": "uniform"},
+    {"gate": "open"},
+    {"gate": "open", "r_max_multiple": 1},
+    {"gate": "open", "r_max_multiple": 1, "init": "uniform"},
+    {"gamma": 0.0},
+    {"cut": 0.1},
+    {"basis": "singular"},
+    {"basis": "singular", "gate": "open"},
+    {"fusion": "sum"},
+    {"fusion": "contribution"},
+    {"fusion": "gradient"},
+)
+SINGULAR_PARTS = (
+    {},
+    {"init": "gradient", "scores": True},
+    {"init": "gradient", "scores": True, "r_max_multiple": 2},
+    {"init": "gradient", "scores": True, "r_max_multiple": 2, "lr": 2.0},
+    {"r_max_multiple": 4},
+    {"r_max_multiple": 2, "lr": 2.0},
+    {"cut": 0.1},
+    {"cut": 0.7},
+)
+SHORT_PARTS = (
+    {},
+    {"lr": 0.5},
+    {"init": "uniform"},
+    {"gate": "open"},
+    {"gate": "open", "init": "uniform"},
+    {"gate": "open", "r_max_multiple": 1, "init": "uniform"},
+    {"lr": 0.5, "init": "uniform"},
+    {"lr": 0.5, "gate": "open", "r_max_multiple": 1, "init": "uniform"},
+)
+TIGHT_PARTS = (
+    {},
+    {"init": "uniform"},
+    {"gate": "open"},
+    {"gate": "open", "init": "uniform"},
+    {"gate": "open", "init": "uniform", "r_max_multiple": 4.5},
+    {"gate": "open", "init": "uniform", "cut": 0.1},
+)
+PUBLISHED_PARTS = (
+    {},
+    {"gamma": 0.0},
+    {"gamma": 50.0},
+    {"beta": 0.0},
+    {"beta": 1.0},
+    {"fusion": "sum"},
+    {"fusion": "contribution"},
+    {"fusion": "gradient"},
+    {"open_probability": 0.9},
+    {"prior_scale": "log", "gamma": 1.0},
+    {"init": "gradient"},
+    {"minimum": 1},
+    {"cut": 0.4},
+)
+FACTORS = (
+    {},
+    {"gate": "open", "r_max_multiple": 1},
+    {"init": "uniform"},
+    {"minimum": 1},
+    {"fusion": "gradient"},
+    {"fusion": "contribution"},
+    {"prior_level": "group"},
+    {"gate_lr_scale": 30.0},
+    {"prior_level": "group", "minimum": 1},
+    {"prior_level": "group", "minimum": 1, "init": "uniform"},
+    {"gate": "concrete"},
+    {"cut": 0.1},
+    {"gamma": 0.0},
+    {"lora_B_lr_scale": 8.0},
+    {"open_probability": 0.5},
+    {"r_max_multiple": 4},
+    {"fusion": "sum"},
+    {"gate": "straight_through"},
+    {"cut": 0.8},
+    {"beta": 1.0},
+)
+FACTOR_REFERENCE = {
+    **PAPER,
+    "gate": "mean",
+    "prior_scale": "log",
+    "prior_level": "rank",
+    "gamma": 1.0,
+    "open_probability": 0.95,
+    "init": "gradient",
+    "cut": 0.4,
+}
