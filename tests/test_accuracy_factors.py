@@ -48,6 +48,21 @@ def test_losses_that_fall_are_gains():
     assert accuracy.gains["hyper"].mean == accuracy.mean.mean == pytest.approx(0.02)
 
 
+def test_rise_of_the_training_loss():
+    """Level of the reference, then the mean over pairs of runs; the drawn rows all have 0.5."""
+    rows = [{**r, "train_loss": 0.5 + 0.1 * r["seed"]} if r["config"]["settings"] else r for r in study()]
+    assert [e.training for e in effects(rows)] == pytest.approx([0.5, 0.2, 0.0])
+
+
+def test_each_method_of_an_ablation_has_a_reference_of_its_own():
+    rows = [{**r, "phase": "ablation"} for r in study()]
+    rows += [row("singular", "hyper", 2, seed, "ablation", 0.9) for seed in range(2)]
+    assert [(e.method, e.changed) for e in effects(rows, "ablation")][-2:] == [
+        ("cobra", "estimator: paper → direct"),
+        ("singular", ""),
+    ]
+
+
 def test_diverged_settings_are_counted():
     rows = [*study(), row("cobra", "hyper", 2, 0, "factor", lr=0.1, diverged=True)]
     (found,) = [e for e in effects(rows) if "lr" in e.changed]

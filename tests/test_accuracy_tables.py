@@ -133,10 +133,10 @@ def test_factors():
             for settings, level in (((), 0.8), ((("beta", 0.1),), 0.82))]  # fmt: skip
     rows.append(row("cobra", "hyper", 2, 0, "factor", lr=0.1, diverged=True))
     accuracy, loss = tables.factors(rows, summarise([])).split("**minilm, rank 2, ")[1:]
-    assert cells(accuracy, "changed")[1:] == ["hyper (points)", "mean", "runs"]
-    assert cells(accuracy, "reference")[1].startswith("80.0") and cells(accuracy, "reference")[3] == "2"
+    assert cells(accuracy, "changed")[1:] == ["hyper (points)", "mean", "training loss (+%)", "runs"]
+    assert cells(accuracy, "reference")[1].startswith("80.0") and cells(accuracy, "reference")[3:] == ["0.500", "2"]
     assert cells(accuracy, "beta: default → 0.1")[1] == "+2.00 ± 0.00"
-    assert cells(accuracy, "lr: 0.003 → 0.1")[1:] == ["–", "–", "0, 1 diverged"]
+    assert cells(accuracy, "lr: 0.003 → 0.1")[1:] == ["–", "–", "–", "0, 1 diverged"]
     assert cells(loss, "changed")[1] == "foods (% less MSE)"
     assert cells(loss, "beta: 0.1 → default")[1].startswith("+2.44")
 

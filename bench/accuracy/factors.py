@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from bench.accuracy.cells import METRIC, Place, cell_of, differing, flat, higher_is_better, of_phase
 from bench.accuracy.intervals import Estimate, mean_of, seeds_estimate
@@ -20,6 +21,8 @@ class Effect:
     gains: by task, positive where the change is better: accuracy as a fraction, or the relative fall of the loss; for the
         reference its level
     mean: over all tasks of the study, None where one is missing
+    training: by how much the loss of the last training steps rises, relative to the reference's, averaged over pairs of runs;
+        its level for the reference; None without pairs
     runs: pairs of runs compared; diverged: runs of these settings that did
     """
 
@@ -29,6 +32,7 @@ class Effect:
     changed: str
     gains: dict[str, Estimate]
     mean: Estimate | None
+    training: float | None
     runs: int
     diverged: int
 
@@ -82,7 +86,9 @@ def _effect(study: tuple[Place, str, str], configs: dict, config: str, reference
     tasks = sorted({task for task, _ in theirs})
     mean = mean_of([gains[task] for task in tasks]) if gains and all(task in gains for task in tasks) else None
     changed = "" if config == reference else _changed(json.loads(reference), json.loads(config))
-    return Effect(*study, changed, gains, mean, sum(map(len, by_task.values())), diverged)
+    pairs = [(ours[run]["train_loss"], theirs[run]["train_loss"]) for run in sorted(ours.keys() & theirs.keys())]
+    training = fmean(mine if config == reference else mine / other - 1 for mine, other in pairs) if pairs else None
+    return Effect(*study, changed, gains, mean, training, len(pairs), diverged)
 
 
 def _value(row: dict) -> float:

@@ -69,8 +69,8 @@ SEARCHES = (
     (SEARCH_TASKS, 2, {}, dict.fromkeys(VARIANTS, RATES[1:])),
     (REGRESSIONS[:1], 2, LONG, {"lora": RATES[2:], "cobra": RATES[1:]}),
     (LANGUAGE, 2, {}, {method: (*RATES[3:], 1.6e-2) for method in PEERS[:2]} | {"adalora": (*RATES[3:], 1.6e-2, 3.2e-2)}),
-    (SEARCH_TASKS, 2, FEW, dict.fromkeys(PEERS[:2], RATES[1:4])),
-    (REGRESSIONS[:1], 2, FEW, dict.fromkeys(PEERS[:2], RATES[2:])),
+    (SEARCH_TASKS, 2, FEW, {"lora": RATES[1:4], "cobra": RATES[1:]}),
+    (REGRESSIONS[:1], 2, FEW, {"lora": (*RATES[2:], 1.6e-2), "cobra": RATES[2:]}),
     (REGRESSIONS[:1], 32, {}, dict.fromkeys(PEERS[:2], RATES[:4])),
     (SEARCH_TASKS, 2, NOISY, dict.fromkeys(PEERS[:2], RATES[1:4])),
 )

@@ -211,8 +211,10 @@ def factors(rows: Sequence[dict], summary: Summary, phase: str = "factor") -> st
         for effect in found:
             cells = [_effect(effect, task) for task in tasks]
             diverged = f", {effect.diverged} diverged" if effect.diverged else ""
-            out.append((effect.changed or "reference", *cells, _gained(effect, effect.mean), f"{effect.runs}{diverged}"))
-        header = ("changed", *(f"{task} ({GAIN[kind]})" for task in tasks), "mean", "runs")
+            fitted = plain(effect.training, "+.0f", 100) if effect.changed else plain(effect.training, ".3f")
+            mean = _gained(effect, effect.mean)
+            out.append((effect.changed or "reference", *cells, mean, fitted, f"{effect.runs}{diverged}"))
+        header = ("changed", *(f"{task} ({GAIN[kind]})" for task in tasks), "mean", "training loss (+%)", "runs")
         blocks.append(_titled(", ".join(filter(None, [str(place), kind, method])), markdown(header, out)))
     return "\n\n".join(blocks) or EMPTY
 
