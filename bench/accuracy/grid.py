@@ -54,6 +54,7 @@ SHORT = {"steps": 50}
 LONG = {"steps": 600}
 FEW = {"examples": 500}
 NOISY = {"noise": 0.3}
+LARGER = {"model": "mpnet"}
 
 # tasks, average rank, conditions, learning rates of every method
 SEARCHES = (
@@ -73,6 +74,7 @@ SEARCHES = (
     (REGRESSIONS[:1], 2, FEW, {"lora": (*RATES[2:], 1.6e-2), "cobra": RATES[2:]}),
     (REGRESSIONS[:1], 32, {}, dict.fromkeys(PEERS[:2], RATES[:4])),
     (SEARCH_TASKS, 2, NOISY, dict.fromkeys(PEERS[:2], RATES[1:4])),
+    (REGRESSIONS[:1], 2, LARGER, dict.fromkeys(PEERS[:2], RATES[1:4])),
 )
 
 
@@ -137,6 +139,7 @@ def final() -> Iterator[Recipe]:
         (REGRESSIONS, 2, {}, ("random", "plan"), few),
         (REGRESSIONS, 2, LONG, PEERS[:2], few),
         (LANGUAGE, 2, {}, PEERS[2:], few),
+        (REGRESSIONS, 2, LARGER, PEERS[:2], few),
         (TASKS, 2, NOISY, PEERS[:2], few),
     )
     for tasks, rank, conditions, methods, seeds in cells:
