@@ -43,6 +43,7 @@ PRESETS = {
         "gate_lr_scale": 1.0,
         "lora_B_lr_scale": 1.0,
     },
+    "singular": {"gate": "open", "basis": "singular", "init": "uniform"},
 }
 
 
@@ -156,13 +157,22 @@ class CobraConfig:
 
     @classmethod
     def preset(cls, name: str, rank_budget: int | Budget, **changes) -> CobraConfig:
-        """A named set of choices, with changes. "paper": the published form, to be cut when the training ends.
+        """A named set of choices, with changes.
+
+        "paper": the published form, to be cut when the training ends. "singular": plain LoRA, cut to the singular directions of
+        most energy; it needs no scores and no total_steps, but an r_max well above the budget's average rank (docs/evidence.md
+        has 2 to 8 times, cut at 40 % of the steps).
 
         Raises ValueError for an unknown name.
         """
         if name not in PRESETS:
             raise ValueError(f"preset={name!r} is not one of {', '.join(map(repr, PRESETS))}")
         return cls(**{"rank_budget": rank_budget, **PRESETS[name], **changes})
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether anything of a calibration enters: the gates' prior, or where lora_A starts."""
+        return self.gate != "open" or self.basis == "gates" or self.init != "uniform"
 
     @property
     def samples(self) -> bool:

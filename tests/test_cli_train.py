@@ -165,6 +165,18 @@ def test_lora(folders, texts, tmp_path):
 # what ends a run
 
 
+def test_singular_basis(folders, texts, tmp_path):
+    """Nothing is calibrated, and the plan says what it went by."""
+    out = tmp_path / "r"
+    options = [option for option in QUICK if option != "--no-report"]
+    found = done(
+        "--model", folders["classifier"], "--data", texts, "--budget", 20, "--preset", "singular", *options, "--out", out
+    )
+    assert found["ranks"] == 20 and found["path residual"] is None and not (out / "scores.safetensors").exists()
+    assert json.loads((out / "plan.json").read_bytes())["provenance"]["source"] == "singular"
+    assert (out / "report" / "index.html").is_file()
+
+
 def same(one: Path, other: Path) -> bool:
     """Adapter, ranks and the last checkpoint, bit for bit."""
     names = ["adapter/adapter_model.safetensors", "plan.json", f"checkpoints/checkpoint-10/{CHECKPOINT}"]

@@ -59,5 +59,14 @@ def test_the_published_form_is_a_preset():
     assert (paper.gamma, paper.prior_scale, paper.open_probability) == (5.0, "literal", 0.5)
     assert (paper.gate, paper.beta, paper.rank_budget, paper.total_steps, paper.r_max) == ("concrete", 0.01, 12, 10, 4)
     assert cobra.CobraConfig.preset("paper", 12, gate="mean").gate == "mean"
-    with pytest.raises(ValueError, match="preset='papr' is not one of 'paper'"):
+    with pytest.raises(ValueError, match="preset='papr' is not one of 'paper', 'singular'"):
         cobra.CobraConfig.preset("papr", 12)
+
+
+def test_a_cut_in_the_singular_basis_needs_neither_scores_nor_steps():
+    """Unlike all forms whose gates or first rows come from the calibration."""
+    singular = cobra.CobraConfig.preset("singular", 12, r_max=8)
+    assert (singular.gate, singular.basis, singular.init, singular.total_steps) == ("open", "singular", "uniform", None)
+    assert not singular.reads_scores
+    for change in ({"gate": "mean"}, {"basis": "gates"}, {"init": "gradient"}):
+        assert cobra.CobraConfig.preset("singular", 12, **change).reads_scores

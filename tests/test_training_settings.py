@@ -13,7 +13,7 @@ from cobra.cli.training.folder import CONFIG
 from cobra.cli.training.options import command_line, given_settings, with_options
 from cobra.cli.training.settings import CalibrateSettings, TrainSettings
 from cobra.cli.training.settle import settle
-from cobra.config import CobraConfig
+from cobra.config import PRESETS, CobraConfig
 
 BASE = {"model": "minilm", "data": "reviews"}
 OTHERS = {
@@ -176,7 +176,8 @@ def test_configuration_of_the_adapter():
     settings = TrainSettings(**BASE, r_max=4, seed=3, cobra={"beta": 0.5})
     config = settings.config(6, total_steps=5)
     assert config == CobraConfig(6, r_max=4, seed=3, beta=0.5, total_steps=5)
-    assert TrainSettings(**BASE, preset="paper").config(6, total_steps=5) == CobraConfig.preset("paper", 6, total_steps=5)
+    for preset in PRESETS:
+        assert TrainSettings(**BASE, preset=preset).config(6, total_steps=5) == CobraConfig.preset(preset, 6, total_steps=5)
     assert TrainSettings(**BASE, method="lora").config(6).gate == "open"
 
 

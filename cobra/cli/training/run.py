@@ -87,7 +87,7 @@ def _run(
     with stages.of("evaluate before"):
         before = _before(folder, subject, test)
     scores = None
-    if settings.method == "cobra":
+    if settings.method == "cobra" and (settings.scores is not None or config.reads_scores):
         with stages.of("calibrate"):
             scores = _scores(settings, subject, folder)
     adapter = cobra.attach(subject.model, config, scores)

@@ -7,7 +7,7 @@ from typing import Any
 
 from cobra.budget import UNITS, Budget
 from cobra.cli.training.configfile import nearest
-from cobra.config import CHOICES, CobraConfig
+from cobra.config import CHOICES, PRESETS, CobraConfig
 from cobra.path import ESTIMATORS
 
 TASKS = ("classification", "regression", "causal-lm")
@@ -88,7 +88,9 @@ class TrainSettings(SubjectSettings):
     scores: str | None = setting(None, "Scores of `cobra calibrate`, instead of calibrating.")
     calibration_examples: int = setting(64, "Rows that are measured before the search.", least=1)
     calibration_steps: int = setting(50, "Points of the calibration's path.", least=1)
-    preset: str | None = setting(None, "The published form of the method.", choices=("paper",))
+    preset: str | None = setting(
+        None, "The published form, or the cut in the singular basis without calibration.", choices=tuple(PRESETS)
+    )
     cobra: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "A field of CobraConfig, such as beta=0.1.", "flag": "--set"}
     )
