@@ -79,7 +79,7 @@ SEARCHES = (
     (SEARCH_TASKS, 2, FEW, {"lora": RATES[1:4], "cobra": RATES[1:]}),
     (REGRESSIONS[:1], 2, FEW, {"lora": (*RATES[2:], 1.6e-2), "cobra": RATES[2:]}),
     (REGRESSIONS[:1], 32, {}, dict.fromkeys(PEERS[:2], RATES[:4])),
-    (SEARCH_TASKS, 2, NOISY, dict.fromkeys(PEERS[:2], RATES[1:4])),
+    (SEARCH_TASKS, 2, NOISY, {"lora": RATES[:4], "cobra": RATES[1:4]}),
     (REGRESSIONS[:1], 2, LARGER, dict.fromkeys(PEERS[:2], RATES[1:4])),
 )
 
