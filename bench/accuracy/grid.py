@@ -77,9 +77,9 @@ SEARCHES = (
         {method: (*RATES[3:], 1.6e-2) for method in PEERS[:2]} | {"adalora": (*RATES[3:], 1.6e-2, 3.2e-2, 6.4e-2)},
     ),
     (SEARCH_TASKS, 2, FEW, {"lora": RATES[1:4], "cobra": RATES[1:]}),
-    (REGRESSIONS[:1], 2, FEW, {"lora": (*RATES[2:], 1.6e-2), "cobra": RATES[2:], "singular": RATES[1:4]}),
+    (REGRESSIONS[:1], 2, FEW, {"lora": (*RATES[2:], 1.6e-2), "cobra": RATES[2:], "singular": RATES[1:]}),
     (REGRESSIONS[:1], 32, {}, dict.fromkeys(PEERS[:2], RATES[:4])),
-    (SEARCH_TASKS, 2, NOISY, {"lora": RATES[:4], "cobra": RATES[1:4]}),
+    (SEARCH_TASKS, 2, NOISY, {"lora": (2.5e-4, *RATES[:4]), "cobra": RATES[1:]}),
     (REGRESSIONS[:1], 2, LARGER, dict.fromkeys(PEERS[:2], RATES[1:4])),
 )
 
@@ -145,9 +145,9 @@ def final() -> Iterator[Recipe]:
         (REGRESSIONS, 32, {}, PEERS[:2], few),
         (REGRESSIONS, 2, {}, ("random", "plan"), few),
         (REGRESSIONS, 2, LONG, PEERS[:2], few),
-        (LANGUAGE, 2, {}, PEERS[2:], few),
         (REGRESSIONS, 2, LARGER, PEERS[:2], few),
         (TASKS, 2, NOISY, PEERS[:2], few),
+        (LANGUAGE, 2, {}, PEERS[2:], few),
     )
     for tasks, rank, conditions, methods, seeds in cells:
         rates = _rates(rows, kind_of(tasks[0]), _searched_rank(rank), conditions)
