@@ -80,7 +80,7 @@ SEARCHES = (
     (REGRESSIONS[:1], 2, FEW, {"lora": (*RATES[2:], 1.6e-2), "cobra": RATES[2:], "singular": RATES[1:]}),
     (REGRESSIONS[:1], 32, {}, dict.fromkeys(PEERS[:2], RATES[:4])),
     (SEARCH_TASKS, 2, NOISY, {"lora": (2.5e-4, *RATES[:4]), "cobra": RATES[1:]}),
-    (REGRESSIONS[:1], 2, LARGER, dict.fromkeys(PEERS[:2], RATES[1:4])),
+    (REGRESSIONS[:1], 2, LARGER, dict.fromkeys(PEERS[:2], RATES[1:])),
 )
 
 
