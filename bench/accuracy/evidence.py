@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.accuracy import diagnosis, figures, tables
+from bench.accuracy.forms import TIGHT
 from bench.accuracy.rows import ROWS, read_rows
 from bench.accuracy.statistics import Summary, check_equal_budget, summarise
 from cobra import storage
@@ -21,8 +22,9 @@ from cobra import storage
 DOCUMENT = Path(__file__).parents[2] / "docs" / "evidence.md"
 RULE = "over tasks"
 # DoRA's adapters are larger by design; EVA and AdaLoRA count in ranks: EVA's are a few per cent smaller or larger, AdaLoRA's up
-# to 2 % smaller, as the next rank in its order no longer fits; "full" is no adapter but a ceiling. The budget table has them
-UNEQUAL = ("dora", "eva", "adalora", "full")
+# to 2 % smaller, as the next rank in its order no longer fits; below rank 1 whole ranks leave "singular" up to 4 % unspent;
+# "full" is no adapter but a ceiling. The budget table has them
+UNEQUAL = ("dora", "eva", "adalora", "full", ("singular", TIGHT))
 TABLES: dict[str, Callable[[Sequence[dict], Summary], str]] = {
     "runs": tables.runs,
     "main": tables.main,
@@ -76,7 +78,7 @@ def stale(document: Path, rows: Sequence[dict]) -> list[str]:
 
 def write(document: Path, rows: Sequence[dict]) -> None:
     """Fills the document and draws the figures."""
-    check_equal_budget(filter(_comparable, rows), exempt=UNEQUAL)
+    check_equal_budget([row for row in rows if row["phase"] == "final"], exempt=UNEQUAL)
     summary = summarise(rows)
     points = {name: make(rows, summary) for name, (make, *_) in figures.FIGURES.items()}
     text = render(document.read_text(encoding="utf-8"), rows, summary, points)
@@ -88,11 +90,6 @@ def write(document: Path, rows: Sequence[dict]) -> None:
             for kind in ("svg", "png"):
                 (folder / f"{name}.{kind}").unlink(missing_ok=True)
     storage.write_bytes(document, text.encode())
-
-
-def _comparable(row: dict) -> bool:
-    """Below rank 1 whole ranks leave `singular` up to 4 % of the budget unspent, which the budget table shows."""
-    return row["phase"] == "final" and not (row["config"]["method"] == "singular" and row["config"]["average_rank"] < 1)
 
 
 def _folder(document: Path) -> Path:

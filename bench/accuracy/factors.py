@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from bench.accuracy.cells import METRIC, Place, cell_of, differing, flat, higher_is_better, of_phase
+from bench.accuracy.forms import REFERENCES
 from bench.accuracy.intervals import Estimate, mean_of, seeds_estimate
 
 
@@ -16,7 +17,7 @@ from bench.accuracy.intervals import Estimate, mean_of, seeds_estimate
 class Effect:
     """What a change of the reference's settings brings on validation.
 
-    method: whose parts an ablation changes; "" in a study of factors, which has other methods beside
+    form: whose parts an ablation changes; "" in a study of factors, and for settings of no form
     changed: "name: reference → value", or "" for the reference itself
     gains: by task, positive where the change is better: accuracy as a fraction, or the relative fall of the loss; for the
         reference its level
@@ -28,7 +29,7 @@ class Effect:
 
     place: Place
     kind: str
-    method: str
+    form: str
     changed: str
     gains: dict[str, Estimate]
     mean: Estimate | None
@@ -40,7 +41,8 @@ class Effect:
 def effects(rows: Sequence[dict], phase: str = "factor") -> list[Effect]:
     """For every place, kind of task and method of an ablation the reference, then its changes, best first.
 
-    The reference is the configuration from which the others differ in the fewest fields; it too must be of the phase.
+    The reference is the form itself (`bench.accuracy.forms`), or where there is none the configuration from which the others
+    differ in the fewest fields; it too must be of the phase.
     """
     finished, diverged = of_phase(rows, phase), of_phase(rows, phase, diverged=True)
     studies = defaultdict(lambda: defaultdict(dict))
@@ -53,7 +55,8 @@ def effects(rows: Sequence[dict], phase: str = "factor") -> list[Effect]:
     found = []
     for study, configs in sorted(studies.items()):
         reference = _reference(configs)
-        effect = {config: _effect(study, configs, config, reference, failed[study[1], config]) for config in configs}
+        place = (*study[:2], _form(json.loads(reference)) if phase == "ablation" else "")
+        effect = {config: _effect(place, configs, config, reference, failed[study[1], config]) for config in configs}
         changes = [effect[config] for config in configs if config != reference]
         changes.sort(key=lambda e: (e.mean is None, -e.mean.mean if e.mean else 0.0, e.changed))
         found += [effect[reference], *changes]
@@ -70,11 +73,16 @@ def _settings(row: dict) -> str:
 
 def _reference(configs: dict[str, dict]) -> str:
     read = {text: json.loads(text) for text in configs}
+    forms = [text for text in configs if _form(read[text])] or list(configs)
 
     def distance(text: str) -> tuple[int, int, str]:
         return sum(len(differing(read[text], other)) for other in read.values()), -len(configs[text]), text
 
-    return min(configs, key=distance)
+    return min(forms, key=distance)
+
+
+def _form(config: dict) -> str:
+    return next((name for name, forms in REFERENCES.items() if config["settings"] in forms), "")
 
 
 def _effect(study: tuple[Place, str, str], configs: dict, config: str, reference: str, diverged: int) -> Effect:

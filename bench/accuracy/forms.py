@@ -30,6 +30,7 @@ COBRA = {
 # ranks from a wide search without gates or calibration: what the singular directions alone decide
 SINGULAR = {"gate": "open", "init": "uniform", "basis": "singular", "r_max_multiple": 8, "cut": 0.4, "scores": False}
 SETTINGS = {"paper": PAPER, "cobra": COBRA, "singular": SINGULAR}
+TIGHT = 2 / 9  # the parameters of rank 1 on the layers below, over those of rank 1 on all linear layers of MiniLM
 # at an average rank below 1 LoRA has to choose layers: its usual choice, at rank 1
 FEW_LAYERS = {
     "lora": {"layers": "query,value"},
@@ -125,4 +126,10 @@ FACTOR_REFERENCE = {
     "open_probability": 0.95,
     "init": "gradient",
     "cut": 0.4,
+}
+# what studies change one thing of
+REFERENCES = {
+    "cobra": (COBRA, FEW_LAYERS["cobra"]),
+    "published": (PAPER,),
+    "singular": (SINGULAR,),
 }

@@ -26,6 +26,7 @@ from bench.accuracy.forms import (
     SHORT_PARTS,
     SINGULAR,
     SINGULAR_PARTS,
+    TIGHT,
     TIGHT_PARTS,
 )
 from bench.accuracy.recipe import PHASES, TEXTS, Recipe
@@ -49,7 +50,6 @@ GLUE = ("sst2", "cola", "mrpc", "rte")
 GRADED = ("stsb", "fiqa")
 FACTOR_TASKS = ("supersense", "rt")
 FACTOR_RATE = 2e-3
-TIGHT = 2 / 9  # the parameters of rank 1 on the layers of `FEW_LAYERS`, over those of rank 1 on all linear layers of MiniLM
 SHORT = {"steps": 50}
 LONG = {"steps": 600}
 FEW = {"examples": 500}
@@ -85,7 +85,7 @@ SEARCHES = (
 
 
 def search() -> Iterator[Recipe]:
-    """Learning rates on validation, doubled on both sides until they get worse for every method."""
+    """Learning rates on validation, doubled on both sides of the best; a method is not tested before they get worse on both."""
     for study in SEARCHES:
         for _, planned in _searched(*study):
             yield from planned
@@ -104,7 +104,7 @@ def factor() -> Iterator[Recipe]:
 
 def ablation() -> Iterator[Recipe]:
     """On validation: COBRA's form without its parts, on regressions, in a short training and at a ninth of the parameters; the
-    published form with and without each of them, on classification."""
+    published form with and without each of them, on classification; the singular one with other widths, cuts and starts."""
     seeds, rows = range(SEARCH_SEED, SEARCH_SEED + 3), read_rows()
     studies = (
         (REGRESSIONS, 2, {}, "singular", SINGULAR, SINGULAR_PARTS),

@@ -195,11 +195,12 @@ def describe(config: dict, beside: dict) -> str:
     return ", ".join(f"{name} {flat(config).get(name, '–')}" for name in names)
 
 
-def check_equal_budget(rows: Iterable[dict], tolerance: float = 0.01, exempt: Collection[str] = ()) -> None:
+def check_equal_budget(rows: Iterable[dict], tolerance: float = 0.01, exempt: Collection[str | tuple[str, float]] = ()) -> None:
     """Raises ValueError naming the cells whose trainable parameters differ between methods by more than `tolerance`, or whose
     heads differ at all.
 
-    exempt: methods whose adapter parameters are reported rather than required to be equal; their heads count all the same
+    exempt: methods, or methods at a rank, whose adapter parameters are reported rather than required to be equal; their heads
+        count all the same
     """
     wrong = []
     for cell, methods in group([with_fields(row) for row in rows if "diverged" not in row]).items():
@@ -207,7 +208,8 @@ def check_equal_budget(rows: Iterable[dict], tolerance: float = 0.01, exempt: Co
         heads = {(method, row["head_parameters"]) for method, runs in methods.items() for row in runs.values()}
         if len({head for _, head in heads}) > 1:
             wrong.append(f"{where}: heads of {_listed(heads)} parameters")
-        sizes = {(m, row["trainable_parameters"]) for m, runs in methods.items() if m not in exempt for row in runs.values()}
+        checked = [m for m in methods if not {m, (m, cell.rank)} & set(exempt)]
+        sizes = {(m, row["trainable_parameters"]) for m in checked for row in methods[m].values()}
         numbers = [size for _, size in sizes]
         if sizes and max(numbers) > (1 + tolerance) * min(numbers):
             wrong.append(f"{where}: {_listed(sizes)} trainable parameters")

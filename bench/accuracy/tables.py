@@ -204,8 +204,8 @@ def factors(rows: Sequence[dict], summary: Summary, phase: str = "factor") -> st
     """One row a change, and what it brings on validation. The reference shows its levels."""
     blocks, by_place = [], defaultdict(list)
     for effect in effects(rows, phase):
-        by_place[effect.place, effect.kind, effect.method].append(effect)
-    for (place, kind, method), found in by_place.items():
+        by_place[effect.place, effect.kind, effect.form].append(effect)
+    for (place, kind, form), found in by_place.items():
         tasks = sorted({task for effect in found for task in effect.gains})
         out = []
         for effect in found:
@@ -215,7 +215,7 @@ def factors(rows: Sequence[dict], summary: Summary, phase: str = "factor") -> st
             mean = _gained(effect, effect.mean)
             out.append((effect.changed or "reference", *cells, mean, fitted, f"{effect.runs}{diverged}"))
         header = ("changed", *(f"{task} ({GAIN[kind]})" for task in tasks), "mean", "training loss (+%)", "runs")
-        blocks.append(_titled(", ".join(filter(None, [str(place), kind, method])), markdown(header, out)))
+        blocks.append(_titled(", ".join(filter(None, [str(place), kind, form])), markdown(header, out)))
     return "\n\n".join(blocks) or EMPTY
 
 
