@@ -118,6 +118,19 @@ def test_a_method_without_a_finished_search_is_not_tested(monkeypatch):
     assert {("classification", "cobra", "minilm"), ("regression", "lora", "mpnet"), ("language", "cobra", "smollm2")} <= left
 
 
+def test_a_search_that_is_best_where_it_ends_is_not_finished(monkeypatch):
+    """Lower or higher rates must be tried before there is a test."""
+    of = "regression", 32, ("minilm", 200, 2000, 0.0)
+    for end in (min, max):
+        rows = searched()
+        for row in rows:
+            recipe = Recipe.from_dict(row["config"])
+            if study(recipe) == (*of, "cobra") and recipe.lr == end(tried()[(*of, "cobra")]):
+                row["validation"] = {METRIC["regression"]: 0.1}
+        monkeypatch.setattr(grid, "read_rows", lambda rows=rows: rows)
+        assert {recipe.method for recipe in grid.final() if study(recipe)[:3] == of} == {"lora"}
+
+
 @pytest.fixture
 def folders(monkeypatch, tmp_path):
     """The grid at work in folders of its own, on two tiny searches of which one diverges."""

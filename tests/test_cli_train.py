@@ -162,9 +162,6 @@ def test_lora(folders, texts, tmp_path):
     assert result.exit_code == 2 and "budget=12 ranks: one rank in each of 13 layers takes 13" in result.stderr
 
 
-# what ends a run
-
-
 def test_singular_basis(folders, texts, tmp_path):
     """Nothing is calibrated, and the plan says what it went by."""
     out = tmp_path / "r"
@@ -175,6 +172,9 @@ def test_singular_basis(folders, texts, tmp_path):
     assert found["ranks"] == 20 and found["path residual"] is None and not (out / "scores.safetensors").exists()
     assert json.loads((out / "plan.json").read_bytes())["provenance"]["source"] == "singular"
     assert (out / "report" / "index.html").is_file()
+
+
+# what ends a run
 
 
 def same(one: Path, other: Path) -> bool:

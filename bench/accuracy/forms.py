@@ -1,6 +1,5 @@
-"""The settings of COBRA's forms, and what the studies on validation change in them, one thing a time.
+"""The settings of COBRA's forms, and what the studies on validation change in them; "lr" is a multiple of the best rate there.
 
-"lr" stands for a multiple of the best rate.
 What the forms differ in is spelled out, so that their rows keep their meaning when the package's defaults change.
 """
 
@@ -127,7 +126,7 @@ FACTOR_REFERENCE = {
     "init": "gradient",
     "cut": 0.4,
 }
-# what studies change one thing of
+# what a study is relative to, by the name of the form
 REFERENCES = {
     "cobra": (COBRA, FEW_LAYERS["cobra"]),
     "published": (PAPER,),

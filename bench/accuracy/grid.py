@@ -114,7 +114,7 @@ def ablation() -> Iterator[Recipe]:
         (FACTOR_TASKS, TIGHT, {}, "cobra", FEW_LAYERS["cobra"], TIGHT_PARTS),
     )
     for tasks, rank, conditions, searched, form, changes in studies:
-        method = "singular" if searched == "singular" else "cobra"
+        method = "singular" if searched == "singular" else "cobra"  # which is the published form too, by its settings
         if best := _rates(rows, kind_of(tasks[0]), _searched_rank(rank), conditions).get(searched):
             for seed, change, task in product(seeds, changes, tasks):
                 settings = {**form, **change}
@@ -163,14 +163,17 @@ def _searched_rank(rank: float) -> float:
 
 
 def _rates(rows: list[dict], kind: str, rank: float, conditions: dict) -> dict[str, float]:
-    """Method -> learning rate with the best mean over the tasks that were searched, of methods whose search is finished."""
+    """Method -> learning rate with the best mean over the tasks that were searched, of methods whose search is finished: every
+    planned run has its row, and the best is neither the lowest nor the highest rate, beyond which a better one may lie."""
     found, finished = {row["key"]: row for row in rows}, []
     for study in SEARCHES:
         if (kind_of(study[0][0]), *study[1:3]) == (kind, rank, conditions):
             for _, planned in _searched(*study):
                 keys = [recipe.key for recipe in planned]
                 finished += [found[key] for key in keys] if found.keys() >= set(keys) else []
-    return {choice.method: config["lr"] for choice, config in select_best(finished, "over tasks").items()}
+    best = {choice.method: config["lr"] for choice, config in select_best(finished, "over tasks").items()}
+    tried = {method: [row["config"]["lr"] for row in finished if row["config"]["method"] == method] for method in best}
+    return {method: lr for method, lr in best.items() if min(tried[method]) < lr < max(tried[method])}
 
 
 def _searched(tasks: Sequence[str], rank: float, conditions: dict, rates: dict) -> Iterator[tuple[str, list[Recipe]]]:
