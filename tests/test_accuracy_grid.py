@@ -16,10 +16,9 @@ from bench.accuracy.tasks import kind_of
 
 
 def study(recipe: Recipe) -> tuple:
-    """What a rate is searched for; controls and budgets below rank 1 take another's."""
-    rank = 2 if recipe.average_rank == grid.TIGHT else recipe.average_rank
-    conditions = recipe.model, recipe.steps, recipe.examples, recipe.noise
-    return kind_of(recipe.task), rank, conditions, grid.LIKE.get(recipe.method, recipe.method)
+    """What a rate is searched for; controls take another method's."""
+    conditions = recipe.model, recipe.steps, recipe.examples, recipe.noise, recipe.max_length
+    return kind_of(recipe.task), recipe.average_rank, conditions, grid.LIKE.get(recipe.method, recipe.method)
 
 
 def tried() -> dict[tuple, set[float]]:
@@ -79,7 +78,7 @@ def test_methods_are_searched_alike():
         peers = [tried().get((*of, method), set()) for method in grid.PEERS]
         assert len(set.intersection(*filter(None, peers))) > 1
     for method in grid.METHODS:
-        assert tried()["classification", 2, ("minilm", 200, 2000, 0.0), method] >= set(grid.RATES)
+        assert tried()["classification", 2, ("minilm", 200, 2000, 0.0, 64), method] >= set(grid.RATES)
 
 
 def test_no_committed_result_is_at_a_rate_where_its_search_ended():
@@ -97,14 +96,13 @@ def test_methods_are_tested_alike(finals):
     cells = defaultdict(set)
     for recipe in finals:
         assert recipe.lr == BEST[study(recipe)]
-        own = recipe.average_rank == grid.TIGHT or recipe.method in grid.LIKE
-        assert own or (study(recipe), recipe.settings) in forms
-        conditions = recipe.steps, recipe.examples, recipe.noise
+        assert recipe.method in grid.LIKE or (study(recipe), recipe.settings) in forms
+        conditions = recipe.steps, recipe.examples, recipe.noise, recipe.max_length
         cells[recipe.method].add((recipe.model, recipe.task, recipe.average_rank, conditions, recipe.seed))
     for method, found in cells.items():
         assert found <= cells["lora"], method
     assert cells["cobra"] == cells["lora"]
-    usual = [(200, 2000, 0.0), (50, 2000, 0.0), (60, 1000, 0.0)]
+    usual = [(200, 2000, 0.0, 64), (50, 2000, 0.0, 64), (60, 1000, 0.0, 128)]
     everywhere = {cell for cell in cells["lora"] if cell[0] != "mpnet" and cell[2] in (2, 8) and cell[3] in usual}
     assert cells["adalora"] == everywhere
 
@@ -120,7 +118,7 @@ def test_a_method_without_a_finished_search_is_not_tested(monkeypatch):
 
 def test_a_search_that_is_best_where_it_ends_is_not_finished(monkeypatch):
     """Lower or higher rates must be tried before there is a test."""
-    of = "regression", 32, ("minilm", 200, 2000, 0.0)
+    of = "regression", 32, ("minilm", 200, 2000, 0.0, 64)
     for end in (min, max):
         rows = searched()
         for row in rows:

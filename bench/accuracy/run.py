@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 import cobra
 from bench.accuracy import language
+from bench.accuracy.bf16 import bf16_products
 from bench.accuracy.encoder import LOADERS, Batch, Encoded, fit_head, load_model, predict
 from bench.accuracy.machine import Seconds, check_device, forget_peak_memory, machine_name, peak_memory_mb
 from bench.accuracy.methods import Attached, attach, directions_needed, needs_scores
@@ -72,6 +73,11 @@ def run(recipe: Recipe, data: Path | None = None, device: str = "cpu") -> dict:
     FileNotFoundError where weights or texts are missing.
     """
     check_device(device)
+    with bf16_products() if recipe.precision == "bf16" else nullcontext():
+        return _run(recipe, data, device)
+
+
+def _run(recipe: Recipe, data: Path | None, device: str) -> dict:
     start = _start(
         *(recipe.task, data, recipe.examples, recipe.seed, recipe.noise, recipe.max_length, recipe.precision),
         *(recipe.model, device),
