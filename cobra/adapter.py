@@ -172,8 +172,11 @@ class Adapter:
 
         budget: ranks, or a `Budget` in another unit or with constraints; by default the config's
 
-        Raises ValueError for a budget out of range, and gates or updates that are not finite.
+        Raises ValueError for a budget out of range, gates or updates that are not finite, and after a cut, when no other ranks
+        are left to choose from.
         """
+        if self.plan is not None:
+            raise ValueError("the ranks are cut already, as in adapter.plan; attach anew to search for others")
         budget = Budget.of(self.config.rank_budget if budget is None else budget)
         return select_ranks(self.groups, self.config, budget, self.base_fingerprint, self.current_step)
 

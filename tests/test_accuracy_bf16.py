@@ -1,4 +1,4 @@
-"""Products of bf16 matrices by way of fp32 are those of the processor's own, and the operators are the same as before after them."""
+"""Products of bf16 matrices by way of fp32: rounded once, and the operators are as before after them."""
 
 from collections.abc import Callable
 

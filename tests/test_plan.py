@@ -123,6 +123,8 @@ def test_a_plan_is_applied_once():
     adapter.apply(plan)
     with pytest.raises(ValueError, match="applied already"):
         adapter.apply(plan)
+    with pytest.raises(ValueError, match="cut already"):
+        adapter.extract()
 
 
 def test_rank_cost():

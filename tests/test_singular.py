@@ -88,7 +88,7 @@ def test_all_ranks_kept_is_the_same_function(fold):
             group.gate[1:] = -6.0
     expected = logits_of(model, BATCH)
     adapter.apply(adapter.extract(48))
-    torch.testing.assert_close(logits_of(model, BATCH), expected)
+    torch.testing.assert_close(logits_of(model, BATCH), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_blocks_are_cut_together_by_the_sum_of_their_layers():
