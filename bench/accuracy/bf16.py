@@ -22,7 +22,7 @@ IN_PLACE = ("addmm_", "baddbmm_")
 
 def is_needed() -> bool:
     """Whether this processor lacks them."""
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @contextmanager

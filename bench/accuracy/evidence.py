@@ -29,6 +29,7 @@ TABLES: dict[str, Callable[[Sequence[dict], Summary], str]] = {
     "runs": tables.runs,
     "main": tables.main,
     "means": tables.means,
+    "replication": tables.replication,
     "wins": tables.wins,
     "pairs": tables.pairs,
     "calibration": tables.calibration,

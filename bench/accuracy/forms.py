@@ -70,8 +70,6 @@ SHORT_PARTS = (
     {"gate": "open", "r_max_multiple": 1, "init": "uniform"},
     {"lr": 0.5, "init": "uniform"},
     {"lr": 0.5, "gate": "open", "r_max_multiple": 1, "init": "uniform"},
-    {"basis": "singular"},
-    {"lr": 0.5, "basis": "singular"},
 )
 TIGHT_PARTS = (
     {},
@@ -80,8 +78,6 @@ TIGHT_PARTS = (
     {"gate": "open", "init": "uniform"},
     {"gate": "open", "init": "uniform", "r_max_multiple": 4.5},
     {"gate": "open", "init": "uniform", "cut": 0.1},
-    {"basis": "singular"},
-    {"lr": 0.5, "basis": "singular"},
 )
 PUBLISHED_PARTS = (
     {},

@@ -28,6 +28,7 @@ from bench.accuracy.formats import (
     seeds,
 )
 from bench.accuracy.intervals import Estimate, mean_of, seeds_estimate
+from bench.accuracy.replication import replications
 from bench.accuracy.statistics import Candidate, Summary, candidates, describe, win_tie_loss
 
 LEVEL = {"classification": "accuracy %, ↑", "regression": "MSE, ↓", "language": "NLL, ↓"}
@@ -126,6 +127,17 @@ def means(rows: Sequence[dict], summary: Summary) -> str:
         tasks = f"{found.tasks} × {found.kind}"
         out.append((str(found.place), tasks, found.method, percent(found.level), *gain))
     header = ("at", "tasks", "method", "mean accuracy", "gain over LoRA", "95 % interval", "p", "p, Holm")
+    return markdown(header, out)
+
+
+def replication(rows: Sequence[dict], summary: Summary) -> str:
+    """Every mean gain over LoRA on test, and the same runs' on validation."""
+    out = []
+    for found in replications(summary):
+        unit = _unit(found.kind)
+        gains = [(_signed(gain, unit), interval(gain, unit)) for gain in (found.test, found.validation)]
+        out.append((str(found.place), found.kind, found.method, *gains[0], *gains[1]))
+    header = ("at", "tasks", "method", "gain on test", "95 % interval", "gain on validation", "95 % interval over seeds")
     return markdown(header, out)
 
 
