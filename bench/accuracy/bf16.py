@@ -1,4 +1,4 @@
-"""Products of bf16 matrices on CPUs without instructions for them, where torch's loop takes 20 to 70 times as long as in fp32.
+"""Products of bf16 matrices on CPUs without instructions for them: torch multiplies in a plain loop, far slower than fp32.
 
     with bf16_products():
         ...

@@ -1,7 +1,6 @@
 """The gains of the final runs once more, on the validation split: the same trained models, other examples.
 
-Learning rates were chosen on that split, on models of other seeds. Intervals are over seeds, with the examples as given, and so
-narrower than those on test.
+Learning rates were chosen on that split, on models of other seeds. Intervals are over seeds, with the examples as given.
 """
 
 from __future__ import annotations
