@@ -1,4 +1,4 @@
-"""Products of bf16 matrices on CPUs without instructions for them: torch multiplies in a plain loop, far slower than fp32.
+"""Products of bf16 matrices by way of fp32, for CPUs without bf16 instructions: torch multiplies there in a plain loop.
 
     with bf16_products():
         ...
