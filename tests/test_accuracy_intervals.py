@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from bench.accuracy.intervals import estimate, estimates, holm, mean_of, relative, seeds_estimate
 
@@ -170,6 +171,13 @@ def test_relative_change_moves_with_either_side():
 def test_holm_by_hand():
     """Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1, and never falling."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 36])
+def test_holm_is_that_of_statsmodels(count):
+    """With ties and values that end above 1."""
+    p_values = np.random.default_rng(count).uniform(size=count).round(1)
+    assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1])
 
 
 def test_holm_counts_known_values_only():

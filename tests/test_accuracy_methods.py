@@ -7,6 +7,7 @@ import torch
 from accuracy_models import encoded, started, tiny
 
 import cobra
+from bench.accuracy.bf16 import bf16_products
 from bench.accuracy.grid import FEW_LAYERS, SETTINGS, TIGHT
 from bench.accuracy.methods import FULL, METHODS, Attached, attach, budget_parameters, needs_scores
 from bench.accuracy.recipe import Recipe
@@ -16,6 +17,13 @@ from cobra.sites import find_sites
 pytestmark = pytest.mark.filterwarnings("ignore:the path integral misses")
 RANK = 8
 WIDEST = 384 + 1536  # parameters of one rank of the widest layers
+
+
+@pytest.fixture(autouse=True, scope="module")
+def products():
+    """As in a run."""
+    with bf16_products():
+        yield
 
 
 @cache

@@ -21,21 +21,33 @@ HALVES = pytest.mark.parametrize("dtype", TOLERANCES, ids=["bf16", "fp16"])
 pytestmark = pytest.mark.filterwarnings("ignore:the path integral misses")
 
 
+def two_layers() -> nn.Module:
+    """MiniLM's first layers and head: without instructions for it a CPU multiplies half precision in a plain loop."""
+    model = minilm()
+    model.bert.encoder.layer, model.config.num_hidden_layers = model.bert.encoder.layer[:2], 2
+    return model
+
+
 @pytest.fixture(scope="module")
 def scores():
     return calibrate(minilm(), [review_batch()])
 
 
-def trained(dtype: torch.dtype, autocast: bool = False, steps: int = 6):
-    """MiniLM in a dtype after the README's loop, its adapter, the losses, and its weights before. The head is frozen."""
-    model = minilm().to(dtype)
+@pytest.fixture(scope="module")
+def few_scores():
+    return calibrate(minilm(), [review_batch(2)])
+
+
+def trained(dtype: torch.dtype, autocast: bool = False, steps: int = 4, build=minilm):
+    """A model in a dtype after the README's loop, its adapter, the losses, and its weights before. The head is frozen."""
+    model = build().to(dtype)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    config = cobra.CobraConfig(rank_budget=72, r_max=4, total_steps=steps, gate_lr_scale=30.0, modules_to_save=())
+    config = cobra.CobraConfig(rank_budget=24, r_max=4, total_steps=steps, gate_lr_scale=30.0, modules_to_save=())
     adapter = cobra.attach(model, config)
     optimizer, losses = torch.optim.AdamW(adapter.parameter_groups(lr=3e-3)), []
     for _ in range(steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            nll = model(**review_batch()).loss
+            nll = model(**review_batch(2)).loss
         (nll + adapter.kl_loss()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -61,8 +73,8 @@ def assert_scores_agree(found: cobra.LayerScores, expected: cobra.LayerScores, t
 
 
 @HALVES
-def test_calibration_agrees_with_fp32(scores, dtype):
-    assert_scores_agree(calibrate(minilm().to(dtype), [review_batch()]), scores, TOLERANCES[dtype])
+def test_calibration_agrees_with_fp32(few_scores, dtype):
+    assert_scores_agree(calibrate(minilm().to(dtype), [review_batch(2)]), few_scores, TOLERANCES[dtype])
 
 
 @pytest.mark.slow
@@ -91,17 +103,17 @@ def test_training_follows_fp32(reference, dtype, autocast, tolerance):
     _, _, expected, _ = reference
     model, adapter, losses, before = trained(dtype, autocast)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=tolerance, atol=0)
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     assert {tensor.dtype for tensor in adapter.state_dict().values()} == {torch.float32}
     now = dict(model.named_parameters())
     assert all(torch.equal(now[name], p) for name, p in before.items())
-    assert adapter.extract().total == 72
+    assert adapter.extract().total == 24
 
 
 @HALVES
-def test_merge_reports_what_half_precision_loses(reference, dtype):
+def test_merge_reports_what_half_precision_loses(dtype):
     """The merged model is plain and in its dtype, the report's loss is the true one, and undoing it restores the bits."""
-    model, adapter, _, before = trained(dtype)
+    model, adapter, _, before = trained(dtype, build=two_layers)
     adapter.apply(adapter.extract())
     updates = {name: (layer.lora_B @ layer.lora_A).double() for name, layer in adapter.to_lora().layers.items() if layer.rank}
     outputs = logits_of(model.eval(), review_batch())
@@ -132,7 +144,7 @@ def test_a_head_in_fp16_is_told_of():
 
 
 def test_lossy_merges_can_be_refused():
-    _, adapter, _, before = trained(torch.bfloat16, steps=1)
+    _, adapter, _, before = trained(torch.bfloat16, steps=1, build=two_layers)
     with pytest.raises(ValueError, match=r"rounding to torch.bfloat16 would lose .* into an fp32 copy"):
         adapter.merge(tolerance=1e-6)
     assert torch.equal(adapter.groups[0].sites[0].weight, before[f"{adapter.groups[0].sites[0].name}.weight"])
@@ -316,8 +328,8 @@ def test_layers_that_are_like_linear_ones_are_no_quantised_layers():
 
 def test_mixed_training_is_the_same_from_a_copy():
     """A bf16 model and its deep copy train alike to the bit: nothing is kept outside the model and the adapter."""
-    model = minilm().bfloat16()
-    config = cobra.CobraConfig(rank_budget=36, r_max=2, total_steps=3)
+    model = two_layers().bfloat16()
+    config = cobra.CobraConfig(rank_budget=12, r_max=2, total_steps=3)
     states = []
     for each in (copy.deepcopy(model), model):
         adapter = cobra.attach(each, config)
