@@ -168,7 +168,8 @@ class Adapter:
         """The best ranks a budget allows (`cobra.budget.allocate`); changes nothing.
 
         They are gates, by their posterior; with the config's basis "singular" the singular directions of the updates, by their
-        energy, summed over the layers of a group, whatever the budget's objective.
+        energy, summed over the layers of a group, whatever the budget's objective. Before any training, when there are none,
+        the gates are.
 
         budget: ranks, or a `Budget` in another unit or with constraints; by default the config's
 

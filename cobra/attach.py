@@ -49,7 +49,8 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
     starts = _starts(sites, config, scores)
     heads = _heads(model, config, sites)
 
-    scaling = config.scaling(budget.amount / sum(costs) if budget.unit != "ranks" else budget.amount / len(members))
+    average_rank = budget.amount / (len(members) if budget.unit == "ranks" else sum(costs))
+    config, scaling = config.resolved(average_rank), config.scaling(average_rank)
 
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     model.requires_grad_(False)
@@ -89,6 +90,7 @@ def attach_lora(model: nn.Module, lora: LoraAdapter) -> Adapter:
         rank_budget=total,
         r_max=min(largest, 1024),
         gate="open",
+        basis="gates",
         dropout=lora.dropout,
         target_modules=tuple(site.name for site in sites),
         modules_to_save=tuple(heads),

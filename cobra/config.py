@@ -24,7 +24,7 @@ CHOICES = {
     "kl": ("bernoulli", "concrete"),
     "kl_reduction": ("sum", "mean"),
     "anneal": ("exponential", "linear"),
-    "basis": ("gates", "singular"),
+    "basis": ("auto", "gates", "singular"),
     "fold": ("one", "mean"),
     "backend": BACKENDS,
 }
@@ -75,7 +75,8 @@ class CobraConfig:
     gate: "concrete" (noise once per optimizer step), "straight_through" (the same, rounded to 0 or 1 in the forward), "mean"
         (sigmoid of the logit, no noise), "open" (plain LoRA)
     basis: what the cut ranks. "gates": the gates, by their posterior. "singular": the singular directions of every layer's
-        update as it is with mean gates, by their energy (`cobra.singular`); a cut then loses the least of it that ranks allow
+        update as it is with mean gates, by their energy (`cobra.singular`); a cut then loses the least of it that ranks allow.
+        "auto", which `attach` replaces, is "singular" for budgets of an average rank below 1, where whole layers go
     fold: the factor a kept gate's rank carries after the cut: 1, or its mean gate
     gate_lr_scale, lora_B_lr_scale: learning rates of the gate logits and of lora_B over that of lora_A
     dropout: on the adapter branch's input
@@ -105,7 +106,7 @@ class CobraConfig:
     temperature: tuple[float, float] = (1.0, 0.1)
     anneal: str = "exponential"
     gate: str = "concrete"
-    basis: str = "gates"
+    basis: str = "auto"
     fold: str = "one"
     gate_lr_scale: float = 1.0
     lora_B_lr_scale: float = 1.0
@@ -172,7 +173,7 @@ class CobraConfig:
     @property
     def reads_scores(self) -> bool:
         """Whether anything of a calibration enters: the gates' prior, or where lora_A starts."""
-        return self.gate != "open" or self.basis == "gates" or self.init != "uniform"
+        return self.gate != "open" or self.basis != "singular" or self.init != "uniform"
 
     @property
     def samples(self) -> bool:
@@ -190,6 +191,12 @@ class CobraConfig:
     def scaling(self, average_rank: float) -> float:
         """The fixed scale of the update, for the average rank of the budget."""
         return 2.0 if self.alpha is None else self.alpha / max(1.0, average_rank)
+
+    def resolved(self, average_rank: float) -> CobraConfig:
+        """With the basis that "auto" stands for, for the average rank of the budget."""
+        if self.basis != "auto":
+            return self
+        return dataclasses.replace(self, basis="singular" if average_rank < 1 else "gates")
 
     def to_dict(self) -> dict:
         """Plain values for JSON; a callable `target_modules` is named, not stored."""

@@ -28,9 +28,9 @@ def select_ranks(groups: Sequence[Group], config: CobraConfig, budget: Budget, f
     """
     posteriors = [_posterior(group) for group in groups]
     values, energies, source = posteriors, [()] * len(groups), "gates"
-    if config.basis == "singular":
-        values = [_energy(group) for group in groups]
-        energies, source = [tuple(energy.tolist()) for energy in values], "singular"
+    found = [_energy(group) for group in groups] if config.basis == "singular" else []
+    if any(energy.any() for energy in found):  # before the first step all updates are zero
+        values, energies, source = found, [tuple(energy.tolist()) for energy in found], "singular"
         budget = replace(budget, objective="count")  # an energy is what a direction is worth, wherever it sits
     costs = [cost_of_rank(group.sites, budget.unit, group.layers[0][0].lora_A.element_size()) for group in groups]
     allocation = allocate([group.name for group in groups], values, costs, budget)

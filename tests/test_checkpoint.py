@@ -167,7 +167,7 @@ def test_without_an_optimizer(tmp_path):
         ("temperature", (1.0, 0.5)),
         ("target_modules", r".*mlp.*"),
         ("granularity", "block"),
-        ("basis", "singular"),
+        ("basis", "gates"),
     ],
 )
 def test_another_config_is_named(field, value, tmp_path):

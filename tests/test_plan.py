@@ -86,7 +86,7 @@ def test_missing_file(tmp_path):
         RankPlan.load(tmp_path / "none.json")
 
 
-CONFIG = cobra.CobraConfig(rank_budget=4, r_max=2, gate="mean")
+CONFIG = cobra.CobraConfig(rank_budget=4, r_max=2, gate="mean", basis="gates")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ BATCH = image_batch()
 def searched(build=vit, batch=BATCH, optimizer_class=torch.optim.AdamW, **changes):
     """A model after a few steps of the search, its adapter and optimizer; some layers will lose all ranks."""
     model = build()
-    settings = {"rank_budget": 6, "r_max": 4, "total_steps": 4, "gate_lr_scale": 50.0} | changes
+    settings = {"rank_budget": 6, "r_max": 4, "total_steps": 4, "gate_lr_scale": 50.0, "basis": "gates"} | changes
     adapter = cobra.attach(model, cobra.CobraConfig(**settings))
     stir(adapter)
     optimizer = optimizer_class(adapter.parameter_groups(lr=1e-3))

@@ -6,6 +6,7 @@ from models import Mlp, image_batch, logits_of, stir, train, vit
 
 import cobra
 from cobra.singular import ROW_NORM, singular_directions
+from cobra.sites import find_sites
 
 BATCH = image_batch()
 SETTINGS = {"rank_budget": 9, "r_max": 4, "total_steps": 4, "basis": "singular", "gate_lr_scale": 50.0}
@@ -40,6 +41,25 @@ def test_directions_are_those_of_the_update(gate):
         sigma = torch.linalg.svdvals(update)[: layer.rank]
         torch.testing.assert_close(found.energy, sigma.square())
         torch.testing.assert_close(found.lora_A @ found.lora_A.t(), ROW_NORM**2 * torch.eye(layer.rank, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("unit", ["ranks", "parameters"])
+@pytest.mark.parametrize(("share", "basis"), [(0.9, "singular"), (1.0, "gates")])
+def test_below_an_average_rank_of_1_the_basis_is_the_singular_one(unit, share, basis):
+    """By default; the adapter's config says which it is, and its cut goes by it."""
+    sites = find_sites(vit())
+    amount = len(sites) if unit == "ranks" else sum(site.in_features + site.out_features for site in sites)
+    budget = cobra.Budget(round(share * amount), unit)
+    _, adapter, _ = searched(rank_budget=budget, basis="auto")
+    assert adapter.config.basis == basis == adapter.extract().provenance["source"]
+    assert searched(rank_budget=budget, basis="gates")[1].config.basis == "gates"
+
+
+def test_updates_that_are_zero_have_no_directions():
+    """Before any training ranks go by the gates, which are as the prior has them."""
+    configs = [cobra.CobraConfig(**{**SETTINGS, "basis": basis}) for basis in ("singular", "gates")]
+    first, second = (cobra.attach(vit(), config).extract() for config in configs)
+    assert first == second and first.provenance["source"] == "gates"
 
 
 @pytest.mark.parametrize("unit", ["ranks", "parameters"])

@@ -18,7 +18,8 @@ BASELINE = "lora"
 # what belongs to the task rather than to a method; cells in which it is not the usual say so
 CONDITIONS = ("examples", "noise", "steps", "batch_size", "max_length")
 ORDER = (
-    "lora", "rslora", "loraplus", "dora", "eva", "adalora", "uniform", "random", "plan", "singular", "paper", "cobra", "full",
+    "lora", "rslora", "loraplus", "dora", "eva", "adalora", "uniform", "random", "plan", "singular", "paper", "cobra",
+    "cobra+singular", "full",
 )  # fmt: skip
 
 

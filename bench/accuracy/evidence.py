@@ -22,9 +22,9 @@ from cobra import storage
 DOCUMENT = Path(__file__).parents[2] / "docs" / "evidence.md"
 RULE = "over tasks"
 # DoRA's adapters are larger by design; EVA and AdaLoRA count in ranks: EVA's are a few per cent smaller or larger, AdaLoRA's up
-# to 2 % smaller, as the next rank in its order no longer fits; below rank 1 whole ranks leave "singular" up to 4 % unspent;
+# to 2 % smaller, as the next rank in its order no longer fits; below rank 1 whole singular directions leave up to 4 % unspent;
 # "full" is no adapter but a ceiling. The budget table has them
-UNEQUAL = ("dora", "eva", "adalora", "full", ("singular", TIGHT))
+UNEQUAL = ("dora", "eva", "adalora", "full", ("singular", TIGHT), ("cobra+singular", TIGHT))
 TABLES: dict[str, Callable[[Sequence[dict], Summary], str]] = {
     "runs": tables.runs,
     "main": tables.main,

@@ -36,6 +36,7 @@ STYLES = {
     "singular": ("#2e86c1", "v", "-."),
     "paper": ("#2e86c1", "s", ":"),
     "cobra": ("#2e86c1", "o", "-"),
+    "cobra+singular": ("#2e86c1", "^", "--"),
     "full": ("#7f868e", "X", ":"),
 }
 OTHER = ("#c2558f", "X", "-")

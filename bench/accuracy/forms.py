@@ -28,12 +28,14 @@ COBRA = {
 }
 # ranks from a wide search without gates or calibration: what the singular directions alone decide
 SINGULAR = {"gate": "open", "init": "uniform", "basis": "singular", "r_max_multiple": 8, "cut": 0.4, "scores": False}
-SETTINGS = {"paper": PAPER, "cobra": COBRA, "singular": SINGULAR}
+JOINT = {**COBRA, "basis": "singular"}  # gates, and a cut that ranks what they leave of every direction
+SETTINGS = {"paper": PAPER, "cobra": COBRA, "singular": SINGULAR, "cobra+singular": JOINT}
 TIGHT = 2 / 9  # the parameters of rank 1 on the layers below, over those of rank 1 on all linear layers of MiniLM
 # at an average rank below 1 LoRA has to choose layers: its usual choice, at rank 1
 FEW_LAYERS = {
     "lora": {"layers": "query,value"},
     "cobra": {**COBRA, "minimum": 0, "r_max_multiple": 18},
+    "cobra+singular": {**JOINT, "minimum": 0, "r_max_multiple": 18},
     "random": {"r_max_multiple": 18},
     "singular": {**SINGULAR, "r_max_multiple": 18},
 }
@@ -70,6 +72,8 @@ SHORT_PARTS = (
     {"gate": "open", "r_max_multiple": 1, "init": "uniform"},
     {"lr": 0.5, "init": "uniform"},
     {"lr": 0.5, "gate": "open", "r_max_multiple": 1, "init": "uniform"},
+    {"basis": "singular"},
+    {"basis": "singular", "lr": 0.5},
 )
 TIGHT_PARTS = (
     {},
@@ -78,6 +82,8 @@ TIGHT_PARTS = (
     {"gate": "open", "init": "uniform"},
     {"gate": "open", "init": "uniform", "r_max_multiple": 4.5},
     {"gate": "open", "init": "uniform", "cut": 0.1},
+    {"lr": 2.0},
+    {"basis": "singular", "lr": 2.0},
 )
 PUBLISHED_PARTS = (
     {},
@@ -107,14 +113,6 @@ FACTORS = (
     {"prior_level": "group", "minimum": 1, "init": "uniform"},
     {"gate": "concrete"},
     {"cut": 0.1},
-    {"gamma": 0.0},
-    {"lora_B_lr_scale": 8.0},
-    {"open_probability": 0.5},
-    {"r_max_multiple": 4},
-    {"fusion": "sum"},
-    {"gate": "straight_through"},
-    {"cut": 0.8},
-    {"beta": 1.0},
 )
 FACTOR_REFERENCE = {
     **PAPER,
@@ -126,6 +124,31 @@ FACTOR_REFERENCE = {
     "init": "gradient",
     "cut": 0.4,
 }
+# the wide sweep, of settings and of what a calibration measures
+WIDE_PARTS = (
+    {},
+    {"gate": "straight_through"},
+    {"gate": "mean"},
+    {"open_probability": 0.5},
+    {"prior_scale": "literal", "gamma": 5.0},
+    {"prior_scale": "standardized"},
+    {"prior_level": "rank"},
+    {"granularity": "block"},
+    {"estimator": "conductance"},
+    {"estimator": "direct"},
+    {"path_points": 2},
+    {"calibration_examples": 16},
+    {"beta": 0.0},
+    {"beta": 1.0},
+    {"kl": "concrete"},
+    {"gate_lr_scale": 30.0},
+    {"lora_B_lr_scale": 4.0, "lr": 0.5},
+    {"r_max_multiple": 4},
+    {"cut": 0.7},
+    {"minimum": 0},
+    {"alpha": 2.0, "lr": 2.0},
+    {"alpha": 8.0, "lr": 0.5},
+)
 # what a study is relative to, by the name of the form
 REFERENCES = {
     "cobra": (COBRA, FEW_LAYERS["cobra"]),

@@ -29,6 +29,7 @@ from bench.accuracy.forms import (
     SINGULAR_PARTS,
     TIGHT,
     TIGHT_PARTS,
+    WIDE_PARTS,
 )
 from bench.accuracy.recipe import PHASES, TEXTS, Recipe
 from bench.accuracy.rows import append_row, claim, read_rows
@@ -58,6 +59,7 @@ FEW = {"examples": 500}
 NOISY = {"noise": 0.3}
 LARGER = {"model": "mpnet"}
 LONGER = {"max_length": 128}
+CALIBRATION = ("estimator", "path_points", "calibration_examples")  # fields of a recipe, where other changes are settings
 
 
 class Search(NamedTuple):
@@ -96,11 +98,16 @@ SEARCHES = (
         {},
         {method: (*RATES[3:], 1.6e-2) for method in PEERS[:2]} | {"adalora": (*RATES[3:], 1.6e-2, 3.2e-2, 6.4e-2)},
     ),
-    Search(SEARCH_TASKS, TIGHT, {}, {"cobra": RATES[1:], "lora": (*RATES[2:], 1.6e-2), "singular": RATES[1:4]}),
-    Search(LONG_TEXTS, 2, LONGER, {"lora": RATES[2:], "cobra": RATES[1:4]}),
+    Search(
+        SEARCH_TASKS,
+        TIGHT,
+        {},
+        {"cobra": RATES[1:], "lora": (*RATES[2:], 1.6e-2), "singular": RATES[1:4], "cobra+singular": RATES[2:]},
+    ),
+    Search(LONG_TEXTS[:1], 2, LONGER, {"lora": RATES[2:], "cobra": RATES[1:]}),
     Search(SEARCH_TASKS, 2, FEW, {"lora": RATES[1:4], "cobra": RATES[1:]}),
     Search(REGRESSIONS[:1], 2, FEW, {"lora": (*RATES[2:], 1.6e-2), "cobra": RATES[2:], "singular": RATES[1:]}),
-    Search(SEARCH_TASKS, 2, NOISY, {"lora": (6.25e-5, 1.25e-4, 2.5e-4, *RATES[:4]), "cobra": RATES[1:]}),
+    Search(SEARCH_TASKS, 2, NOISY, {"lora": (6.25e-5, 1.25e-4, 2.5e-4, *RATES[:4]), "cobra": (1.25e-4, 2.5e-4, *RATES)}),
     Search(SEARCH_TASKS, 32, {}, {"lora": RATES[1:4], "cobra": RATES[:3]}),
     Search(REGRESSIONS[:1], 32, {}, dict.fromkeys(PEERS[:2], RATES[:4])),
     Search(REGRESSIONS[:1], 2, LARGER, dict.fromkeys(PEERS[:2], RATES[1:])),
@@ -114,7 +121,8 @@ def search() -> Iterator[Recipe]:
 
 
 def factor() -> Iterator[Recipe]:
-    """One factor at a time from `FACTOR_REFERENCE`, and LoRA, on validation."""
+    """One factor at a time on validation: from `FACTOR_REFERENCE`, beside LoRA, on classification; from COBRA's form, on
+    regressions."""
     for seed in (SEARCH_SEED, SEARCH_SEED + 1):
         for task in FACTOR_TASKS:
             yield _recipe("factor", task, "lora", 2, FACTOR_RATE, seed)
@@ -122,6 +130,9 @@ def factor() -> Iterator[Recipe]:
             for task in FACTOR_TASKS:
                 settings = tuple({**FACTOR_REFERENCE, **change}.items())
                 yield Recipe("factor", task, "cobra", 2, FACTOR_RATE, seed, settings=settings)
+    if best := _rates(read_rows(), "regression", 2, {}).get("cobra"):
+        for change, task in product(WIDE_PARTS, REGRESSIONS):
+            yield _changed("factor", task, "cobra", 2, best, SEARCH_SEED, COBRA, change)
 
 
 def ablation() -> Iterator[Recipe]:
@@ -140,9 +151,7 @@ def ablation() -> Iterator[Recipe]:
         # below rank 1 at rank 2's rate, half of what a search there found later
         if best := _rates(rows, kind_of(tasks[0]), max(rank, 2), conditions).get(searched):
             for seed, change, task in product(seeds, changes, tasks):
-                settings = {**form, **change}
-                rate = best * settings.pop("lr", 1.0)
-                yield Recipe("ablation", task, method, rank, rate, seed, settings=tuple(settings.items()), **conditions)
+                yield _changed("ablation", task, method, rank, best, seed, form, change, **conditions)
 
 
 def final() -> Iterator[Recipe]:
@@ -162,7 +171,7 @@ def final() -> Iterator[Recipe]:
         (TASKS, 2, {}, ("paper",), few),
         (LANGUAGE[:1], 2, {}, PEERS[:2], few),
         (TASKS, 2, SHORT, ("singular",), few),
-        (TASKS, TIGHT, {}, ("cobra", "lora", "singular"), few),
+        (TASKS, TIGHT, {}, ("cobra", "lora", "singular", "cobra+singular"), few),
         (GLUE, 2, FEW, PEERS[:2], few),
         ((*REGRESSIONS, *GRADED), 2, FEW, (*PEERS[:2], "singular"), few),
         (REGRESSIONS, 32, {}, PEERS[:2], few),
@@ -172,7 +181,7 @@ def final() -> Iterator[Recipe]:
         (LANGUAGE[1:], 2, {}, PEERS[:2], few),
         (LONG_TEXTS, 2, LONGER, PEERS[:2], few),
         (LANGUAGE[:1], 2, {}, PEERS[2:], few),
-        (TASKS, 2, NOISY, PEERS[:2], few),
+        (SEARCH_TASKS, 2, NOISY, PEERS[:2], few),
         (TASKS, 32, {}, PEERS[:2], few),
         (REGRESSIONS, 2, LARGER, PEERS[:2], few),
         (LANGUAGE[1:], 2, {}, PEERS[2:], few),
@@ -212,6 +221,16 @@ def _recipe(phase: str, task: str, method: str, rank: float, rate: float, seed: 
     settings = (FEW_LAYERS if rank == TIGHT else SETTINGS).get(method, {})
     common = {"settings": tuple(settings.items())} | (TEXTS if task in LANGUAGE else {}) | conditions
     return Recipe(phase, task, method, rank, rate, seed, **common)
+
+
+def _changed(
+    phase: str, task: str, method: str, rank: float, rate: float, seed: int, form: dict, change: dict, **conditions: object
+) -> Recipe:
+    """A form with changes of settings, of its calibration, or of "lr", a multiple of the rate."""
+    measured = {name: value for name, value in change.items() if name in CALIBRATION}
+    settings = {**form, **{name: value for name, value in change.items() if name not in (*CALIBRATION, "lr")}}
+    lr = rate * change.get("lr", 1.0)
+    return Recipe(phase, task, method, rank, lr, seed, settings=tuple(settings.items()), **conditions, **measured)
 
 
 def work(phase: str, minutes: float, data: Path | None, device: str = "cpu") -> None:

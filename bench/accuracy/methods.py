@@ -2,8 +2,8 @@
 
 peft     lora, rslora, dora, loraplus, adalora, eva
 COBRA    cobra (defaults, or whatever the recipe's settings say), paper (the published form), plan (ranks from the scores
-         alone, then plain LoRA), singular (ranks cut in the singular basis), uniform and random (the same training without
-         scores)
+         alone, then plain LoRA), singular (ranks cut in the singular basis), cobra+singular (the same with gates),
+         uniform and random (the same training without scores)
 full     every weight of the same linear layers: no peer at an equal budget, but what rank could reach at most
 """
 
@@ -26,7 +26,7 @@ from cobra.sites import Site, find_sites
 SCALING = 2.0
 HEAD = "classifier"
 PEFT = ("lora", "rslora", "dora", "loraplus", "adalora", "eva")
-COBRA = ("cobra", "paper", "singular", "plan", "uniform", "random")
+COBRA = ("cobra", "paper", "singular", "cobra+singular", "plan", "uniform", "random")
 FULL = "full"
 METHODS = (*PEFT, *COBRA, FULL)
 CUT = 0.4  # of the steps, after which the gates are cut where a recipe does not say
@@ -68,7 +68,9 @@ def attach(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None, b
 
 
 def needs_scores(recipe: Recipe) -> bool:
-    return recipe.method in COBRA and recipe.options.get("scores", recipe.method in ("cobra", "paper", "plan"))
+    return recipe.method in COBRA and recipe.options.get(
+        "scores", recipe.method in ("cobra", "cobra+singular", "paper", "plan")
+    )
 
 
 def directions_needed(recipe: Recipe) -> int:
@@ -197,7 +199,8 @@ def _cobra(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None) -
     cut = round(options.pop("cut", CUT) * recipe.steps)
     for ours in ("r_max_multiple", "scores"):
         options.pop(ours, None)
-    options = {"r_max": _gates(recipe), "total_steps": cut, "seed": recipe.seed, **options}
+    given = {"r_max": _gates(recipe), "total_steps": cut, "seed": recipe.seed, "basis": "gates"}
+    options = {**given, **options}
     config = cobra.CobraConfig(rank_budget=budget, **options)
     adapter = cobra.attach(model, config, scores)
     optimizer = AdamW(adapter.parameter_groups(recipe.lr), fused=True)
@@ -220,7 +223,8 @@ def _fixed(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None, b
     fusion = options.pop("fusion", "product")
     options.pop("r_max_multiple", None)
     largest = int(recipe.average_rank) if recipe.method == "uniform" else _gates(recipe)
-    config = cobra.CobraConfig(rank_budget=budget, r_max=largest, gate="open", seed=recipe.seed, **options)
+    fixed = {"gate": "open", "basis": "gates", "seed": recipe.seed}
+    config = cobra.CobraConfig(rank_budget=budget, r_max=largest, **{**fixed, **options})
     adapter = cobra.attach(model, config, scores)
     plan = adapter.extract()
     if recipe.method == "plan":
