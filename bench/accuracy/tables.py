@@ -249,7 +249,8 @@ def search(rows: Sequence[dict], summary: Summary, rule: str = "over tasks") -> 
 
 
 def _by_place(summary: Summary, table: Callable[[list[Cell]], str]) -> str:
-    return "\n\n".join(_titled(place, table(summary.cells(place))) for place in summary.places()) or EMPTY
+    tables = [(place, table(summary.cells(place))) for place in summary.places()]
+    return "\n\n".join(_titled(*each) for each in tables if each[1] != EMPTY) or EMPTY
 
 
 def _titled(place: Place | str, table: str) -> str:
