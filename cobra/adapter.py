@@ -169,7 +169,7 @@ class Adapter:
 
         They are gates, by their posterior; with the config's basis "singular" the singular directions of the updates, by their
         energy, summed over the layers of a group, whatever the budget's objective. Before any training, when there are none,
-        the gates are.
+        the gates are. Another budget does not change what is ranked.
 
         budget: ranks, or a `Budget` in another unit or with constraints; by default the config's
 

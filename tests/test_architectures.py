@@ -33,9 +33,9 @@ def attached(name: str, granularity: str):
     """Model, batch and adapter with about half as many ranks as groups, so that some groups lose all of theirs."""
     build, make_batch = ARCHITECTURES[name]
     model, scores = build(), calibrated(name, granularity)
-    config = cobra.CobraConfig(
-        rank_budget=len(scores.sites) // 2 + 1, r_max=4, total_steps=4, granularity=granularity, gate_lr_scale=50.0
-    )
+    basis = {"site": "gates", "block": "singular"}[granularity]
+    settings = {"r_max": 4, "total_steps": 4, "granularity": granularity, "gate_lr_scale": 50.0, "basis": basis}
+    config = cobra.CobraConfig(rank_budget=len(scores.sites) // 2 + 1, **settings)
     return model, make_batch(), cobra.attach(model, config, scores)
 
 

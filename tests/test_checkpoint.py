@@ -20,7 +20,15 @@ from cobra import storage
 from cobra.checkpoint import KIND
 
 SEARCH, TOTAL = 4, 8
-CONFIG = {"rank_budget": 5, "r_max": 3, "total_steps": SEARCH, "dropout": 0.1, "gate_lr_scale": 50.0, "beta": 0.1}
+CONFIG = {
+    "rank_budget": 5,
+    "r_max": 3,
+    "total_steps": SEARCH,
+    "dropout": 0.1,
+    "gate_lr_scale": 50.0,
+    "beta": 0.1,
+    "basis": "gates",
+}
 
 
 @dataclass
@@ -86,16 +94,16 @@ def assert_same_bits(found, expected):
 
 
 @pytest.mark.parametrize("saved_at", [1, SEARCH, SEARCH + 2], ids=["search", "before the cut", "after the cut"])
-@pytest.mark.parametrize("build", [gpt2, vit])
-def test_resumed_run_ends_with_the_same_bits(build, saved_at, tmp_path):
+@pytest.mark.parametrize(("build", "basis"), [(gpt2, "gates"), (vit, "gates"), (vit, "singular")])
+def test_resumed_run_ends_with_the_same_bits(build, basis, saved_at, tmp_path):
     """Parameters, gates, moments, schedule and dropout: nothing tells a resumed run from one that went through."""
-    straight = Run.start(build)
+    straight = Run.start(build, basis=basis)
     straight.advance(0, saved_at)
     straight.save(tmp_path / "run.cobra")
     straight.advance(saved_at, TOTAL)
     expected = straight.state()
 
-    resumed = Run.start(build)
+    resumed = Run.start(build, basis=basis)
     stir(resumed.adapter)
     torch.manual_seed(1234)
     resumed.load(tmp_path / "run.cobra")
@@ -167,7 +175,7 @@ def test_without_an_optimizer(tmp_path):
         ("temperature", (1.0, 0.5)),
         ("target_modules", r".*mlp.*"),
         ("granularity", "block"),
-        ("basis", "gates"),
+        ("basis", "singular"),
     ],
 )
 def test_another_config_is_named(field, value, tmp_path):

@@ -13,6 +13,7 @@ from test_lora import trained
 from typer.testing import CliRunner
 
 import cobra
+from cobra import storage
 from cobra.cli.app import app
 
 TENSORS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
@@ -125,6 +126,18 @@ def test_a_training_checkpoint(phase, granularity, tmp_path):
     assert (
         cobra.load_adapter(tmp_path / "out").provenance["plan"] == cobra.load_adapter(tmp_path / "expected").provenance["plan"]
     )
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_of_basis(tmp_path):
+    """It is cut by gates, as it was meant to be, and not as the default has it at this budget now."""
+    vit().save_pretrained(tmp_path / "base")
+    path = tmp_path / "cobra.safetensors"
+    attached(vit, rank_budget=5)[1].save_checkpoint(path)
+    tensors, meta = storage.read_tensors(path, "training checkpoint")
+    del meta["config"]["basis"]
+    storage.write_tensors(path, tensors, "training checkpoint", {k: v for k, v in meta.items() if k not in ("kind", "version")})
+    exported(tmp_path, "--out", tmp_path / "out", "--base", tmp_path / "base")
+    assert cobra.load_adapter(tmp_path / "out").provenance["plan"]["provenance"]["source"] == "gates"
 
 
 def test_a_checkpoint_of_a_run_with_scores(tmp_path):

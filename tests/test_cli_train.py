@@ -293,6 +293,23 @@ def test_killed(base, whole, tmp_path, number):
     assert [row["step"] for row in RunFolder(out).history()] == list(range(1, 11))
 
 
+def test_a_run_begun_when_every_cut_went_by_gates_ends_so(base, tmp_path):
+    """Its checkpoint names no basis; today's default would be the singular one at this budget."""
+    out = tmp_path / "r"
+    options = (*base, "--budget", 6, "--search-share", 0.9)
+    assert child(partial(kill_at, "replace", IN_STEP_6), *options, "--out", out) == -signal.SIGKILL
+    assert json.loads((out / "run.json").read_text(encoding="utf-8"))["config"]["basis"] == "singular"
+    checkpoints = RunFolder(out).complete()
+    assert checkpoints
+    for checkpoint in checkpoints:
+        tensors, meta = storage.read_tensors(checkpoint / CHECKPOINT, "training checkpoint")
+        del meta["config"]["basis"]
+        named = {key: value for key, value in meta.items() if key not in ("kind", "version")}
+        storage.write_tensors(checkpoint / CHECKPOINT, tensors, "training checkpoint", named)
+    done("--resume", "--out", out)
+    assert json.loads((out / "plan.json").read_bytes())["provenance"]["source"] == "gates"
+
+
 def test_a_line_half_written(base, whole, tmp_path):
     """A kill in the middle of a line of history costs that line."""
     out = tmp_path / "r"

@@ -42,7 +42,9 @@ def trained(dtype: torch.dtype, autocast: bool = False, steps: int = 4, build=mi
     """A model in a dtype after the README's loop, its adapter, the losses, and its weights before. The head is frozen."""
     model = build().to(dtype)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    config = cobra.CobraConfig(rank_budget=24, r_max=4, total_steps=steps, gate_lr_scale=30.0, modules_to_save=())
+    config = cobra.CobraConfig(
+        rank_budget=24, r_max=4, total_steps=steps, gate_lr_scale=30.0, modules_to_save=(), basis="gates"
+    )
     adapter = cobra.attach(model, config)
     optimizer, losses = torch.optim.AdamW(adapter.parameter_groups(lr=3e-3)), []
     for _ in range(steps):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from bench.accuracy.cells import METRIC, Place, cell_of, differing, flat, higher_is_better, of_phase
-from bench.accuracy.forms import REFERENCES
+from bench.accuracy.forms import REFERENCES, UNSAID
 from bench.accuracy.intervals import Estimate, mean_of, seeds_estimate
 
 
@@ -119,5 +119,5 @@ def _changed(reference: dict, config: dict) -> str:
 
 def _shown(config: dict, name: str) -> str:
     if name not in config:
-        return "default"
+        return str(UNSAID.get(name, "default"))
     return f"{config[name]:g}" if isinstance(config[name], float) else str(config[name])

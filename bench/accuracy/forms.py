@@ -29,6 +29,7 @@ COBRA = {
 # ranks from a wide search without gates or calibration: what the singular directions alone decide
 SINGULAR = {"gate": "open", "init": "uniform", "basis": "singular", "r_max_multiple": 8, "cut": 0.4, "scores": False}
 JOINT = {**COBRA, "basis": "singular"}  # gates, and a cut that ranks what they leave of every direction
+UNSAID = {"basis": "gates"}  # what COBRA's forms have where they do not say it
 SETTINGS = {"paper": PAPER, "cobra": COBRA, "singular": SINGULAR, "cobra+singular": JOINT}
 TIGHT = 2 / 9  # the parameters of rank 1 on the layers below, over those of rank 1 on all linear layers of MiniLM
 # at an average rank below 1 LoRA has to choose layers: its usual choice, at rank 1

@@ -1,7 +1,7 @@
 """The methods, each as: what is trained, what every step adds, and what remains at the end.
 
 peft     lora, rslora, dora, loraplus, adalora, eva
-COBRA    cobra (defaults, or whatever the recipe's settings say), paper (the published form), plan (ranks from the scores
+COBRA    cobra (cut by gates; whatever the recipe's settings say), paper (the published form), plan (ranks from the scores
          alone, then plain LoRA), singular (ranks cut in the singular basis), cobra+singular (the same with gates),
          uniform and random (the same training without scores)
 full     every weight of the same linear layers: no peer at an equal budget, but what rank could reach at most
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import cobra
+from bench.accuracy.forms import UNSAID
 from bench.accuracy.recipe import Recipe
 from cobra.config import PRESETS
 from cobra.plan import RankPlan
@@ -199,7 +200,7 @@ def _cobra(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None) -
     cut = round(options.pop("cut", CUT) * recipe.steps)
     for ours in ("r_max_multiple", "scores"):
         options.pop(ours, None)
-    given = {"r_max": _gates(recipe), "total_steps": cut, "seed": recipe.seed, "basis": "gates"}
+    given = {"r_max": _gates(recipe), "total_steps": cut, "seed": recipe.seed, **UNSAID}
     options = {**given, **options}
     config = cobra.CobraConfig(rank_budget=budget, **options)
     adapter = cobra.attach(model, config, scores)
@@ -223,7 +224,7 @@ def _fixed(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None, b
     fusion = options.pop("fusion", "product")
     options.pop("r_max_multiple", None)
     largest = int(recipe.average_rank) if recipe.method == "uniform" else _gates(recipe)
-    fixed = {"gate": "open", "basis": "gates", "seed": recipe.seed}
+    fixed = {"gate": "open", "seed": recipe.seed, **UNSAID}
     config = cobra.CobraConfig(rank_budget=budget, r_max=largest, **{**fixed, **options})
     adapter = cobra.attach(model, config, scores)
     plan = adapter.extract()

@@ -116,7 +116,8 @@ def _from_checkpoint(path: Path, base: Path, architecture: str | None) -> LoraAd
 def _config(path: Path, values: dict) -> cobra.CobraConfig:
     budget = values.get("rank_budget")
     try:
-        return cobra.CobraConfig(**values | {"rank_budget": Budget.from_dict(budget) if isinstance(budget, dict) else budget})
+        given = {"basis": "gates", **values}  # what older files do not say
+        return cobra.CobraConfig(**given | {"rank_budget": Budget.from_dict(budget) if isinstance(budget, dict) else budget})
     except TypeError as error:
         raise storage.FormatError(f"{path}: the config is of another release: {error}") from error
 

@@ -74,8 +74,8 @@ def check_trained(model: nn.Module, adapter: Adapter, optimizer: Optimizer) -> N
         )
     if missing:
         warnings.warn(
-            f"the optimizer lacks the gate logits, e.g. {names[missing[0]]}: they will not move, and the prior alone decides "
-            "the ranks; make it from adapter.parameter_groups(lr), or let the Trainer make it",
+            f"the optimizer lacks the gate logits, e.g. {names[missing[0]]}: they will not move from their prior; "
+            "make it from adapter.parameter_groups(lr), or let the Trainer make it",
             stacklevel=3,
         )
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]

@@ -128,7 +128,7 @@ class CobraCallback(TrainerCallback):
             if state.global_step < self.search_steps:
                 warnings.warn(
                     f"training stopped at step {state.global_step} of a search of {self.search_steps}: the ranks are cut as "
-                    "the gates are now",
+                    "gates and updates are now",
                     stacklevel=2,
                 )
             self._cut(state)
@@ -193,7 +193,7 @@ class CobraCallback(TrainerCallback):
             warnings.warn("the KL never arrived at the gates: they are frozen, or no step was taken", stacklevel=3)
         if gates and all(bool((gate == gate.new_tensor(prior)).all()) for gate, prior in gates):
             warnings.warn(
-                f"the gates never moved in {self._hooks.taken} steps: the prior alone decides the ranks; check gate_lr_scale, "
+                f"the gates never moved in {self._hooks.taken} steps and are as the prior has them; check gate_lr_scale, "
                 "and that the optimizer holds the gate logits",
                 stacklevel=3,
             )

@@ -25,7 +25,7 @@ def adapter_config(settings: TrainSettings, subject: Subject) -> cobra.CobraConf
     amount = AVERAGE_RANK * sum(costs) if settings.budget is None else settings.budget
     if settings.method == "cobra":
         budget = Budget(amount, settings.unit, multiple=settings.multiple, tied=settings.tied)
-        return replace(plain, rank_budget=budget)
+        return replace(plain, rank_budget=budget).resolved(amount / sum(costs))
     rank = amount // sum(costs)
     if rank < 1:
         raise ValueError(f"budget={amount} {settings.unit}: one rank in each of {len(costs)} layers takes {sum(costs)}")

@@ -54,6 +54,8 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     try:
+        if start is not None:
+            _keep_basis(adapter, start / CHECKPOINT)
         with interruption.deferred():
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
     except ValueError as error:
@@ -65,9 +67,16 @@ def train(
 
 def _load_last(adapter: cobra.Adapter, path: Path) -> None:
     """The end of training, where the process ended after it."""
+    _keep_basis(adapter, path)
     length = storage.read_tensors(path, KIND)[1]["config"]["total_steps"]
     adapter.config = replace(adapter.config, total_steps=length)
     adapter.load_checkpoint(path)
+
+
+def _keep_basis(adapter: cobra.Adapter, path: Path) -> None:
+    """A run begun when budgets below an average rank of 1 were cut by gates ends so."""
+    if path.is_file():
+        adapter.config = replace(adapter.config, basis=storage.read_tensors(path, KIND)[1]["config"].get("basis", "gates"))
 
 
 def _arguments(settings: TrainSettings, subject: Subject, folder: RunFolder, steps: int) -> TrainingArguments:
