@@ -127,7 +127,7 @@ def test_named_model_on_words(tmp_path):
     assert "bert.encoder.layer.5.output.dense" in (tmp_path / "d" / "layers.csv").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("kind", ["llama", "deberta-v2", "vit"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("deberta-v2", marks=pytest.mark.slow), "vit"])
 def test_random_weights_are_named(tmp_path, texts, kind):
     """In the title and in a note, and in the file."""
     data, options = (texts, []) if kind != "vit" else ("random-images", [])
