@@ -70,6 +70,18 @@ def test_every_run_is_planned_once(finals):
     assert {recipe.method for recipe in planned} <= set(METHODS)
 
 
+def test_a_sweep_changes_settings_the_calibration_or_the_rate(monkeypatch):
+    """From COBRA's form on regressions, at the rate of its search; what a calibration measures is no setting of the adapter."""
+    monkeypatch.setattr(grid, "read_rows", searched)
+    swept = [recipe for recipe in grid.factor() if recipe.task in grid.REGRESSIONS]
+    reference = next(recipe for recipe in swept if recipe.options == grid.COBRA)
+    assert {recipe.estimator for recipe in swept} == {"paper", "conductance", "direct"}
+    assert {recipe.path_points for recipe in swept} == {2, reference.path_points}
+    assert not any(set(recipe.options) & {*grid.CALIBRATION, "lr"} for recipe in swept)
+    halved = [recipe for recipe in swept if recipe.lr == reference.lr / 2]
+    assert {recipe.options.get("alpha") for recipe in halved} == {8.0, None}
+
+
 def test_methods_are_searched_alike():
     """Rates double, on the same tasks, and all peers have the middle ones of a study."""
     for (*of, _), rates in tried().items():
