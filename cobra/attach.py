@@ -12,7 +12,7 @@ from cobra.adapter import Adapter
 from cobra.budget import Budget, allocate
 from cobra.config import CobraConfig
 from cobra.group import Group, cost_of_rank
-from cobra.linear import CobraLinear
+from cobra.linear import HARD_STRETCH, CobraLinear
 from cobra.lora import LoraAdapter, LoraLayer, check_layer
 from cobra.prior import fuse, prior_logits
 from cobra.scores import LayerScores
@@ -292,6 +292,7 @@ def _attach_group(
             generator=_generator(config.seed, site.name),
         )
         first.straight_through, first.backend = config.gate == "straight_through", config.backend
+        first.stretch = HARD_STRETCH if config.gate == "hard_concrete" else None
         if site.name in starts:
             _start_from(first, starts[site.name])
         if layers:

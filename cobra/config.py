@@ -20,7 +20,7 @@ CHOICES = {
     "prior_scale": ("literal", "standardized", "log"),
     "prior_level": ("group", "rank"),
     "init": ("auto", "uniform", "gradient"),
-    "gate": ("concrete", "straight_through", "mean", "open"),
+    "gate": ("concrete", "hard_concrete", "straight_through", "mean", "open"),
     "kl": ("bernoulli", "concrete"),
     "kl_reduction": ("sum", "mean"),
     "anneal": ("exponential", "linear"),
@@ -72,8 +72,9 @@ class CobraConfig:
         as many directions as the scores keep
     beta, kl, kl_reduction: the KL term; "bernoulli" is the closed form, "concrete" a one-sample estimate
     temperature, anneal: first and last temperature of the relaxation, and the way between
-    gate: "concrete" (noise once per optimizer step), "straight_through" (the same, rounded to 0 or 1 in the forward), "mean"
-        (sigmoid of the logit, no noise), "open" (plain LoRA)
+    gate: "concrete" (noise once per optimizer step), "hard_concrete" (the same, stretched to (-0.1, 1.1) and cut to [0, 1], as
+        mean gates are too; Louizos et al. 2018, whose temperature is (2/3, 2/3)), "straight_through" (rounded to 0 or 1 in the
+        forward), "mean" (sigmoid of the logit, no noise), "open" (plain LoRA)
     basis: what the cut ranks. "gates": the gates, by their posterior. "singular": the singular directions of every layer's
         update as it is with mean gates, by their energy (`cobra.singular`); a cut then loses the least of it that ranks allow.
         "auto", which `attach` replaces, is "singular" for budgets of an average rank below 1, where whole layers go
@@ -151,6 +152,8 @@ class CobraConfig:
             f"total_steps={self.total_steps!r}",
             "an integer greater than 0",
         )
+        if self.gate == "hard_concrete" and self.fold == "mean":
+            raise ValueError("fold='mean' with gate='hard_concrete': a kept gate's mean can be 0; use fold='one'")
         if self.samples and self.total_steps is None:
             raise ValueError(
                 f"gate={self.gate!r} anneals its temperature: pass total_steps, the number of optimizer steps of the search"
@@ -178,7 +181,7 @@ class CobraConfig:
     @property
     def samples(self) -> bool:
         """Whether gates are drawn with noise."""
-        return self.gate in ("concrete", "straight_through")
+        return self.gate in ("concrete", "hard_concrete", "straight_through")
 
     def temperature_at(self, step: int) -> float:
         """The temperature of an optimizer step, from the first to the last over `total_steps`."""

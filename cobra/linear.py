@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from cobra.adapter import Adapter
 
 
+HARD_STRETCH = (-0.1, 1.1)  # of hard-concrete gates (Louizos et al. 2018)
+
+
 def _no_change(module: nn.Module, args: tuple) -> None:
     """A hook that does nothing."""
 
@@ -34,9 +37,10 @@ class CobraLinear(nn.Linear):
 
     and buffers that are no part of the state and that `Adapter.step` draws anew: `gate_noise` (r,), `gate_draw` (5,), the words
     that it is made of (`cobra_kernels.draw_words`), and `gate_temperature` (). In training mode z is the concrete sample of
-    (lora_gate, gate_noise, gate_temperature), or sigmoid(lora_gate)
-    where there is no noise; in evaluation mode z is sigmoid(lora_gate).
+    (lora_gate, gate_noise, gate_temperature), or the mean gate where there is no noise; in evaluation mode z is the mean gate.
 
+    straight_through: gates are rounded in the forward, and their gradient is the sample's
+    stretch: (low, high) of hard-concrete gates, or None: samples s and means become min(1, max(0, low + (high - low) s))
     backend: of `gated_lora_linear`; where that is Triton, the sample is drawn within the product, and no z is made
     """
 
@@ -50,7 +54,8 @@ class CobraLinear(nn.Linear):
         N, K = (linear.out_features, linear.in_features) if packed else self.linear_weight.shape
         self.out_features, self.in_features = N, K
         self.scaling, self.dropout = scaling, dropout
-        self.straight_through = False  # gates are rounded in the forward, and their gradient is the sample's
+        self.straight_through = False
+        self.stretch: tuple[float, float] | None = None
         self.backend = "auto"
         self.cut: tuple[Tensor, Tensor] | None = None
         self.adapter: Adapter | None = None  # the handle this layer belongs to
@@ -107,7 +112,7 @@ class CobraLinear(nn.Linear):
         """The adapted form of a module that computes with the same weight as `other`: one adapter, two biases."""
         layer = cls(linear, scaling=other.scaling, dropout=other.dropout)
         layer.lora_A, layer.lora_B, layer.lora_gate = other.lora_A, other.lora_B, other.lora_gate
-        layer.straight_through, layer.backend = other.straight_through, other.backend
+        layer.straight_through, layer.stretch, layer.backend = other.straight_through, other.stretch, other.backend
         layer._add_gate_buffers()
         return layer
 
@@ -119,8 +124,16 @@ class CobraLinear(nn.Linear):
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """lora_A, and lora_B with the scaling and the evaluation gates in it: ΔW = folded lora_B @ lora_A."""
-        factor = self.scaling if self.lora_gate is None else self.scaling * torch.sigmoid(whole(self.lora_gate))
+        factor = self.scaling if self.lora_gate is None else self.scaling * self.mean_gates(whole(self.lora_gate))
         return whole(self.lora_A).detach(), (whole(self.lora_B) * factor).detach()
+
+    def mean_gates(self, logits: Tensor) -> Tensor:
+        """logits (...) -> sigmoid(logits), stretched and cut to [0, 1] where gates are hard"""
+        mean = torch.sigmoid(logits)
+        if self.stretch is None:
+            return mean
+        low, high = self.stretch
+        return (low + (high - low) * mean).clamp(0, 1)
 
     @property
     def rank(self) -> int:
@@ -136,9 +149,9 @@ class CobraLinear(nn.Linear):
         if self.lora_gate is None:
             return None
         if self.training and self.gate_noise is not None:
-            z = concrete_gates(self.lora_gate, self.gate_noise, self.gate_temperature)
+            z = concrete_gates(self.lora_gate, self.gate_noise, self.gate_temperature, stretch=self.stretch)
             return z + ((z > 0.5).to(z.dtype) - z).detach() if self.straight_through else z
-        return torch.sigmoid(self.lora_gate)
+        return self.mean_gates(self.lora_gate)
 
     @torch.no_grad()
     def take_draw(self, noise: Tensor, draw: Tensor, temperature: Tensor) -> None:
@@ -151,8 +164,8 @@ class CobraLinear(nn.Linear):
         self.gate_temperature.copy_(temperature)
 
     def _draws_inside(self) -> bool:
-        sampled = self.training and self.gate_draw is not None and not self.straight_through
-        return sampled and uses_triton(self.backend, self.weight)
+        sampled = self.training and self.gate_draw is not None
+        return sampled and not self.straight_through and self.stretch is None and uses_triton(self.backend, self.weight)
 
     def branch(self) -> tuple[Tensor, Tensor, Tensor | ConcreteSample | None]:
         """lora_A, lora_B and z as this mode uses them."""

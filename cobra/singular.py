@@ -37,7 +37,7 @@ def singular_directions(layer: CobraLinear) -> Directions:
     """
     lora_A, lora_B = whole(layer.lora_A).double(), whole(layer.lora_B).double()
     if layer.lora_gate is not None:
-        lora_B = lora_B * whole(layer.lora_gate).double().sigmoid()
+        lora_B = lora_B * layer.mean_gates(whole(layer.lora_gate).double())
     if not (lora_A.isfinite().all() and lora_B.isfinite().all()):
         raise ValueError("the update is not finite: the training diverged; lower the learning rate")
     Q_B, R_B = torch.linalg.qr(lora_B)

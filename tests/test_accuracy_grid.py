@@ -21,25 +21,33 @@ def study(recipe: Recipe) -> tuple:
     return kind_of(recipe.task), recipe.average_rank, conditions, grid.LIKE.get(recipe.method, recipe.method)
 
 
+def with_scaling(recipe: Recipe) -> tuple:
+    return *study(recipe), recipe.options.get("scaling")
+
+
 def tried() -> dict[tuple, set[float]]:
     found = defaultdict(set)
     for recipe in grid.search():
-        found[study(recipe)].add(recipe.lr)
+        found[with_scaling(recipe)].add(recipe.lr)
     return found
 
 
-BEST = {of: sorted(rates)[1] for of, rates in tried().items()}
+BEST = {of: sorted(rates)[1] for of, rates in tried().items()}  # with the usual scaling
 
 
-def searched() -> list[dict]:
-    """Rows of a finished search in which every method's second rate is the best."""
+def searched(scaling: float | None = None) -> list[dict]:
+    """Rows of a finished search in which every method's second rate is the best, with this scaling where it was tried."""
+    where = {study(recipe): scaling for recipe in grid.search() if recipe.options.get("scaling") == scaling}
     return [
         {
             **{name: recipe.to_dict()[name] for name in ("phase", "task", "model", "method", "average_rank", "seed")},
             "key": recipe.key,
             "kind": kind_of(recipe.task),
             "config": recipe.to_dict(),
-            "validation": _validation(kind_of(recipe.task), recipe.lr == BEST[study(recipe)]),
+            "validation": _validation(
+                kind_of(recipe.task),
+                recipe.lr == BEST[with_scaling(recipe)] and recipe.options.get("scaling") == where.get(study(recipe)),
+            ),
             "test": None,
         }
         for recipe in grid.search()
@@ -79,18 +87,21 @@ def test_a_sweep_changes_settings_the_calibration_or_the_rate(monkeypatch):
     assert {recipe.path_points for recipe in swept} == {2, reference.path_points}
     assert not any(set(recipe.options) & {*grid.CALIBRATION, "lr"} for recipe in swept)
     halved = [recipe for recipe in swept if recipe.lr == reference.lr / 2]
-    assert {recipe.options.get("alpha") for recipe in halved} == {8.0, None}
+    assert halved and all(recipe.options["lora_B_lr_scale"] == 4.0 for recipe in halved)
 
 
 def test_methods_are_searched_alike():
     """Rates double, on the same tasks, and all peers have the middle ones of a study."""
-    for (*of, _), rates in tried().items():
+    for (*of, _, scaling), rates in tried().items():
         ordered = sorted(rates)
         assert all(high == 2 * low for low, high in pairwise(ordered))
-        peers = [tried().get((*of, method), set()) for method in grid.PEERS]
-        assert len(set.intersection(*filter(None, peers))) > 1
+        peers = [tried().get((*of, method, scaling), set()) for method in grid.PEERS]
+        if scaling is None:
+            assert len(set.intersection(*filter(None, peers))) > 1
+        else:  # around what was best with the usual one
+            assert [len(rates) for rates in peers] == [3, 3, 3]
     for method in grid.METHODS:
-        assert tried()["classification", 2, ("minilm", 200, 2000, 0.0, 64), method] >= set(grid.RATES)
+        assert tried()["classification", 2, ("minilm", 200, 2000, 0.0, 64), method, None] >= set(grid.RATES)
 
 
 def test_no_committed_result_is_at_a_rate_where_its_search_ended():
@@ -99,7 +110,7 @@ def test_no_committed_result_is_at_a_rate_where_its_search_ended():
     for row in rows.read_rows():
         if row["phase"] == "final":
             recipe = Recipe.from_dict(row["config"])
-            assert min(rates[study(recipe)]) < recipe.lr < max(rates[study(recipe)]), row["key"]
+            assert min(rates[with_scaling(recipe)]) < recipe.lr < max(rates[with_scaling(recipe)]), row["key"]
 
 
 def test_methods_are_tested_alike(finals):
@@ -107,7 +118,7 @@ def test_methods_are_tested_alike(finals):
     forms = {(study(recipe), recipe.settings) for recipe in grid.search()}
     cells = defaultdict(set)
     for recipe in finals:
-        assert recipe.lr == BEST[study(recipe)]
+        assert recipe.lr == BEST[with_scaling(recipe)]
         assert recipe.method in grid.LIKE or (study(recipe), recipe.settings) in forms
         conditions = recipe.steps, recipe.examples, recipe.noise, recipe.max_length
         cells[recipe.method].add((recipe.model, recipe.task, recipe.average_rank, conditions, recipe.seed))
@@ -117,6 +128,19 @@ def test_methods_are_tested_alike(finals):
     usual = [(200, 2000, 0.0, 64), (50, 2000, 0.0, 64), (60, 1000, 0.0, 128)]
     everywhere = {cell for cell in cells["lora"] if cell[0] != "mpnet" and cell[2] in (2, 8) and cell[3] in usual}
     assert cells["adalora"] == everywhere
+
+
+@pytest.mark.parametrize("scaling", [1.0, 4.0])
+def test_a_scaling_that_is_better_is_tested(monkeypatch, scaling):
+    """At its own best rate, by controls too; studies on validation stay at the usual one."""
+    monkeypatch.setattr(grid, "read_rows", lambda: searched(scaling))
+    of = "regression", 2, ("minilm", 200, 2000, 0.0, 64)
+    found = [recipe for recipe in grid.final() if study(recipe)[:3] == of and recipe.method in (*grid.PEERS, "random", "plan")]
+    assert {recipe.method for recipe in found} == {*grid.PEERS, "random", "plan"}
+    assert all(recipe.options["scaling"] == scaling and recipe.lr == BEST[with_scaling(recipe)] for recipe in found)
+    elsewhere = [recipe for recipe in grid.final() if study(recipe)[:3] != of]
+    assert elsewhere and not any("scaling" in recipe.options for recipe in elsewhere)
+    assert not any("scaling" in recipe.options for recipe in (*grid.factor(), *grid.ablation()))
 
 
 def test_a_method_without_a_finished_search_is_not_tested(monkeypatch):
@@ -135,7 +159,7 @@ def test_a_search_that_is_best_where_it_ends_is_not_finished(monkeypatch):
         rows = searched()
         for row in rows:
             recipe = Recipe.from_dict(row["config"])
-            if study(recipe) == (*of, "cobra") and recipe.lr == end(tried()[(*of, "cobra")]):
+            if study(recipe) == (*of, "cobra") and recipe.lr == end(tried()[(*of, "cobra", None)]):
                 row["validation"] = {METRIC["regression"]: 0.1}
         monkeypatch.setattr(grid, "read_rows", lambda rows=rows: rows)
         assert {recipe.method for recipe in grid.final() if study(recipe)[:3] == of} == {"lora"}

@@ -29,6 +29,7 @@ from cobra.config import CHOICES
             {"backend": "triton", "dropout": 0.1},
             "backend='triton' has one input for layer and branch, and dropout=0.1 makes two",
         ),
+        ({"gate": "hard_concrete", "fold": "mean"}, "a kept gate's mean can be 0; use fold='one'"),
         ({"total_steps": None}, "gate='concrete' anneals its temperature: pass total_steps"),
         *(({name: "no"}, f"{name}='no' is not one of {choices[0]!r}, ") for name, choices in CHOICES.items()),
     ],

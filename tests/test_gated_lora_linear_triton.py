@@ -304,7 +304,7 @@ def test_autocast():
         torch.testing.assert_close(gradient.double(), expected[name], rtol=5e-3, atol=5e-3 * expected[name].abs().max().item())
 
 
-@pytest.mark.parametrize("gate", ["concrete", "straight_through", "open"])
+@pytest.mark.parametrize("gate", ["concrete", "hard_concrete", "straight_through", "open"])
 def test_an_adapter_trains_as_on_torch(gate):
     """Loss and every gradient of a step, with gates drawn inside, as those of torch's path; evaluation too."""
     results = []

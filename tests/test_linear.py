@@ -177,6 +177,30 @@ def test_straight_through_gates_are_hard_with_the_samples_gradient():
     assert {0.0, 1.0} == {round(value, 6) for layer in layers_of(hard) for value in layer.gates().tolist()}
 
 
+def test_hard_gates_are_the_stretched_sample():
+    """Training sees the cut sample, evaluation and the merge the cut mean; a gate that was cut has no gradient."""
+    model, adapter = attached(gate="hard_concrete")
+    stir(adapter)
+    with torch.no_grad():
+        for layer in layers_of(adapter):
+            layer.lora_gate.mul_(4)  # some far from 0, where the cut is
+    for layer in layers_of(adapter):
+        sample = torch.sigmoid((layer.lora_gate + layer.gate_noise) / layer.gate_temperature)
+        stretched = -0.1 + 1.2 * sample
+        torch.testing.assert_close(layer.gates(), stretched.clamp(0, 1), rtol=1e-6, atol=1e-6)
+        (gradient,) = torch.autograd.grad(layer.gates().sum(), layer.lora_gate)
+        within = (stretched > 0) & (stretched < 1)
+        slope = 1.2 * sample * (1 - sample) / layer.gate_temperature
+        torch.testing.assert_close(gradient, torch.where(within, slope, 0.0), rtol=1e-4, atol=1e-6)
+    assert {0.0, 1.0} < {value for layer in layers_of(adapter) for value in layer.gates().tolist()}
+    model.eval()
+    for layer in layers_of(adapter):
+        torch.testing.assert_close(layer.gates(), (-0.1 + 1.2 * layer.lora_gate.sigmoid()).clamp(0, 1))
+    evaluated = logits_of(model, BATCH)
+    adapter.merge()
+    torch.testing.assert_close(logits_of(model, BATCH), evaluated, rtol=1e-4, atol=1e-5)
+
+
 def test_lora_B_takes_its_own_rate():
     """Every trained parameter is in one group, lora_B's at its ratio (LoRA+)."""
     _, adapter = attached(lora_B_lr_scale=16.0)

@@ -52,7 +52,7 @@ def sharers(adapter) -> set[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
-@pytest.mark.parametrize("gate", ["concrete", "straight_through", "open"])
+@pytest.mark.parametrize("gate", ["concrete", "hard_concrete", "straight_through", "open"])
 def test_shared_and_alone_are_the_same_step(gate, checkpointed):
     x = torch.randn(5, 6, requires_grad=True)
     (model, adapter), (alone, other) = attach(gate=gate), attach(gate=gate)

@@ -28,11 +28,11 @@ def layers_of(adapter):
 
 def update_of(layer) -> torch.Tensor:
     """As in evaluation mode, with mean gates."""
-    factors = 1.0 if layer.lora_gate is None else layer.lora_gate.double().sigmoid()
+    factors = 1.0 if layer.lora_gate is None else layer.mean_gates(layer.lora_gate.double())
     return (layer.scaling * (layer.lora_B.double() * factors) @ layer.lora_A.double()).detach()
 
 
-@pytest.mark.parametrize("gate", ["concrete", "open"])
+@pytest.mark.parametrize("gate", ["concrete", "hard_concrete", "open"])
 def test_directions_are_those_of_the_update(gate):
     _, adapter, _ = searched(gate=gate)
     for layer in layers_of(adapter).values():

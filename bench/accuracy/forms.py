@@ -147,8 +147,9 @@ WIDE_PARTS = (
     {"r_max_multiple": 4},
     {"cut": 0.7},
     {"minimum": 0},
-    {"alpha": 2.0, "lr": 2.0},
-    {"alpha": 8.0, "lr": 0.5},
+    {"gate": "hard_concrete"},
+    {"drawn": "example"},
+    {"gate": "open", "rounds": 8},
 )
 # what a study is relative to, by the name of the form
 REFERENCES = {

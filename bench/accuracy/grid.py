@@ -63,18 +63,28 @@ CALIBRATION = ("estimator", "path_points", "calibration_examples")  # fields of 
 
 
 class Search(NamedTuple):
-    """rates: learning rates of every method; seeds: of no final run"""
+    """rates: learning rates of every method; seeds: of no final run; scaling: of the update, None for the usual one"""
 
     tasks: Sequence[str]
     rank: float
     conditions: dict
     rates: dict[str, Sequence[float]]
     seeds: Sequence[int] = (SEARCH_SEED,)
+    scaling: float | None = None
 
 
 SEARCHES = (
     Search(SEARCH_TASKS, 2, {}, {"lora": RATES, "cobra": RATES, "adalora": (*RATES, 1.6e-2), "paper": RATES}),
     Search(REGRESSIONS[:1], 2, {}, {"lora": (*RATES[1:], 1.6e-2), "cobra": RATES[1:], "adalora": (*RATES[1:], 1.6e-2, 3.2e-2)}),
+    # alpha halved and doubled, at rates that move against it
+    Search(
+        REGRESSIONS[:1],
+        2,
+        {},
+        {"lora": (8e-3, 1.6e-2, 3.2e-2), "cobra": (4e-3, 8e-3, 1.6e-2), "adalora": (1.6e-2, 3.2e-2, 6.4e-2)},
+        scaling=1.0,
+    ),
+    Search(REGRESSIONS[:1], 2, {}, {"lora": RATES[2:], "cobra": RATES[1:4], "adalora": (*RATES[3:], 1.6e-2)}, scaling=4.0),
     # rank 8 has a search of its own: the best rates of rank 2 are too high there
     Search(REGRESSIONS[:1], 8, {}, {"lora": RATES[1:], "cobra": RATES[1:], "adalora": (*RATES[1:], 1.6e-2, 3.2e-2)}),
     Search(SEARCH_TASKS, 8, {}, {"lora": RATES[1:4], "cobra": RATES[:4], "adalora": (*RATES[1:], 1.6e-2)}),
@@ -125,7 +135,7 @@ def factor() -> Iterator[Recipe]:
     regressions."""
     for seed in (SEARCH_SEED, SEARCH_SEED + 1):
         for task in FACTOR_TASKS:
-            yield _recipe("factor", task, "lora", 2, FACTOR_RATE, seed)
+            yield _recipe("factor", task, "lora", 2, FACTOR_RATE, None, seed)
         for change in FACTORS:
             for task in FACTOR_TASKS:
                 settings = tuple({**FACTOR_REFERENCE, **change}.items())
@@ -187,38 +197,55 @@ def final() -> Iterator[Recipe]:
         (LANGUAGE[1:], 2, {}, PEERS[2:], few),
     )
     for tasks, rank, conditions, methods, seeds in cells:
-        rates = _rates(rows, kind_of(tasks[0]), rank, conditions)
-        for seed in seeds:
-            for task in tasks:
-                for method in methods:
-                    if rate := rates.get(LIKE.get(method, method)):
-                        yield _recipe("final", task, method, rank, rate, seed, **conditions)
+        chosen = _chosen(rows, kind_of(tasks[0]), rank, conditions)
+        for seed, task, method in product(seeds, tasks, methods):
+            if found := chosen.get(LIKE.get(method, method)):
+                yield _recipe("final", task, method, rank, *found, seed, **conditions)
+
+
+class Chosen(NamedTuple):
+    lr: float
+    scaling: float | None
+
+
+def _chosen(
+    rows: list[dict], kind: str, rank: float, conditions: dict, studies: Sequence[Search] = SEARCHES
+) -> dict[str, Chosen]:
+    """Method -> learning rate and scaling with the best mean over the tasks that were searched, of methods whose search is
+    finished: every planned run has its row, and the best rate is neither the lowest nor the highest that was tried with that
+    scaling, beyond which a better one may lie."""
+    here = [s for s in studies if (kind_of(s.tasks[0]), s.rank, s.conditions) == (kind, rank, conditions)]
+    methods = dict.fromkeys(method for study in here for method in study.rates)
+    planned = {method: [recipe for study in here for recipe in _runs(study, method)] for method in methods}
+    found, chosen = {row["key"]: row for row in rows}, {}
+    for method, recipes in planned.items():
+        if all(recipe.key in found for recipe in recipes):
+            (config,) = select_best([found[recipe.key] for recipe in recipes], "over tasks").values()
+            best = Chosen(config["lr"], config["settings"].get("scaling"))
+            tried = [recipe.lr for recipe in recipes if recipe.options.get("scaling") == best.scaling]
+            if min(tried) < best.lr < max(tried):
+                chosen[method] = best
+    return chosen
 
 
 def _rates(rows: list[dict], kind: str, rank: float, conditions: dict) -> dict[str, float]:
-    """Method -> learning rate with the best mean over the tasks that were searched, of methods whose search is finished: every
-    planned run has its row, and the best is neither the lowest nor the highest rate, beyond which a better one may lie."""
-    found, finished = {row["key"]: row for row in rows}, []
-    for study in SEARCHES:
-        if (kind_of(study.tasks[0]), study.rank, study.conditions) == (kind, rank, conditions):
-            for method in study.rates:
-                keys = [recipe.key for recipe in _runs(study, method)]
-                finished += [found[key] for key in keys] if found.keys() >= set(keys) else []
-    best = {choice.method: config["lr"] for choice, config in select_best(finished, "over tasks").items()}
-    tried = {method: [row["config"]["lr"] for row in finished if row["config"]["method"] == method] for method in best}
-    return {method: lr for method, lr in best.items() if min(tried[method]) < lr < max(tried[method])}
+    """Method -> learning rate at the usual scaling, which studies on validation have."""
+    usual = [study for study in SEARCHES if study.scaling is None]
+    return {method: found.lr for method, found in _chosen(rows, kind, rank, conditions, usual).items()}
 
 
 def _runs(study: Search, *methods: str) -> Iterator[Recipe]:
     """Of these methods of a search, or of all."""
-    tasks, rank, conditions, rates, seeds = study
-    for seed, method in product(seeds, methods or rates):
-        for task, rate in product(tasks, rates[method]):
-            yield _recipe("search", task, method, rank, rate, seed, **conditions)
+    for seed, method in product(study.seeds, methods or study.rates):
+        for task, rate in product(study.tasks, study.rates.get(method, ())):
+            yield _recipe("search", task, method, study.rank, rate, study.scaling, seed, **study.conditions)
 
 
-def _recipe(phase: str, task: str, method: str, rank: float, rate: float, seed: int, **conditions: object) -> Recipe:
+def _recipe(
+    phase: str, task: str, method: str, rank: float, rate: float, scaling: float | None, seed: int, **conditions: object
+) -> Recipe:
     settings = (FEW_LAYERS if rank == TIGHT else SETTINGS).get(method, {})
+    settings = settings if scaling is None else {**settings, "scaling": scaling}
     common = {"settings": tuple(settings.items())} | (TEXTS if task in LANGUAGE else {}) | conditions
     return Recipe(phase, task, method, rank, rate, seed, **common)
 

@@ -20,6 +20,7 @@ from torch.optim import AdamW, Optimizer
 import cobra
 from bench.accuracy.forms import UNSAID
 from bench.accuracy.recipe import Recipe
+from bench.accuracy.variants import Growth, draw_per_example
 from cobra.config import PRESETS
 from cobra.plan import RankPlan
 from cobra.sites import Site, find_sites
@@ -102,9 +103,10 @@ def _peft(recipe: Recipe, model: nn.Module, batches: Callable[[], Sequence]) -> 
         given = f"average_rank={recipe.average_rank:g}"
         raise ValueError(f"{given}: {recipe.method} has one whole rank for every layer of its own, not {exact:g}")
     heads = [HEAD] if hasattr(model, HEAD) else None
-    common = {"target_modules": list(shapes), "modules_to_save": heads, "lora_alpha": SCALING * rank}
+    scaling = options.get("scaling", SCALING)
+    common = {"target_modules": list(shapes), "modules_to_save": heads, "lora_alpha": scaling * rank}
     if recipe.method == "adalora":
-        return _adalora(recipe, model, shapes, common)
+        return _adalora(recipe, model, shapes, common, scaling)
     extra = {"rslora": {"use_rslora": True}, "dora": {"use_dora": True}}.get(recipe.method, {})
     if recipe.method == "eva":
         extra = {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=2.0)}
@@ -145,7 +147,7 @@ def _peft_optimizer(model: nn.Module, lr: float, ratio: float = 1.0) -> Optimize
     return AdamW(groups, lr, weight_decay=0.0, fused=True)
 
 
-def _adalora(recipe: Recipe, model: nn.Module, shapes: dict[str, int], common: dict) -> Attached:
+def _adalora(recipe: Recipe, model: nn.Module, shapes: dict[str, int], common: dict, scaling: float) -> Attached:
     """peft's AdaLoRA with its own schedule: initial rank 1.5 × the target, pruned between 10 % and 60 % of the steps.
 
     Its budget is in ranks; at the last pruning it is lowered until the parameters fit, so that all methods have equal ones.
@@ -160,7 +162,7 @@ def _adalora(recipe: Recipe, model: nn.Module, shapes: dict[str, int], common: d
         deltaT=max(1, steps // 100),
         total_step=steps,
         orth_reg_weight=recipe.options.get("orth_reg_weight", 0.5),
-        **{**common, "lora_alpha": SCALING * max(rank + 1, round(1.5 * rank))},
+        **{**common, "lora_alpha": scaling * max(rank + 1, round(1.5 * rank))},
     )
     wrapped = peft.get_peft_model(model, config)
     tuner, allowed = wrapped.base_model, round(recipe.average_rank * sum(shapes.values()))
@@ -197,19 +199,20 @@ def _cobra(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None) -
         return _fixed(recipe, model, scores, budget)
     if recipe.method == "paper":
         options = {**PRESETS["paper"], "cut": 1.0, **options}
-    cut = round(options.pop("cut", CUT) * recipe.steps)
-    for ours in ("r_max_multiple", "scores"):
-        options.pop(ours, None)
-    given = {"r_max": _gates(recipe), "total_steps": cut, "seed": recipe.seed, **UNSAID}
-    options = {**given, **options}
-    config = cobra.CobraConfig(rank_budget=budget, **options)
-    adapter = cobra.attach(model, config, scores)
+    cut, drawn, rounds = round(options.pop("cut", CUT) * recipe.steps), options.pop("drawn", "step"), options.pop("rounds", 0)
+    adapter = cobra.attach(model, _config(recipe, options, budget, r_max=_gates(recipe), total_steps=cut), scores)
+    if drawn == "example":
+        draw_per_example(adapter, recipe.seed)
+    growth = Growth(adapter, amount, rounds, cut) if rounds else None
     optimizer = AdamW(adapter.parameter_groups(recipe.lr), fused=True)
 
     def after_step(step: int) -> None:
+        if growth is not None:
+            growth.after_step(step)
         optimizer.zero_grad()
         if step == cut:
-            adapter.apply(adapter.extract(), optimizer)
+            plan = adapter.extract()
+            adapter.apply(plan if growth is None else _with_ranks(plan, growth.ranks), optimizer)
         adapter.step()
 
     def ranks() -> dict[str, int]:
@@ -218,15 +221,21 @@ def _cobra(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None) -
     return Attached(model, optimizer, ranks, adapter.trainable_parameters, adapter.kl_loss, after_step)
 
 
+def _config(recipe: Recipe, options: dict, budget: cobra.Budget, **given: object) -> cobra.CobraConfig:
+    """Of a recipe's settings, but for those that are the harness's own."""
+    ours = ("minimum", "r_max_multiple", "scores", "scaling")
+    fields = {name: value for name, value in options.items() if name not in ours}
+    if "scaling" in options:
+        fields["alpha"] = options["scaling"] * max(1.0, recipe.average_rank)
+    return cobra.CobraConfig(rank_budget=budget, **{**given, "seed": recipe.seed, **UNSAID, **fields})
+
+
 def _fixed(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None, budget: cobra.Budget) -> Attached:
     """Ranks decided before training, then COBRA's plain LoRA."""
     options = recipe.options
     fusion = options.pop("fusion", "product")
-    options.pop("r_max_multiple", None)
     largest = int(recipe.average_rank) if recipe.method == "uniform" else _gates(recipe)
-    fixed = {"gate": "open", "seed": recipe.seed, **UNSAID}
-    config = cobra.CobraConfig(rank_budget=budget, r_max=largest, **{**fixed, **options})
-    adapter = cobra.attach(model, config, scores)
+    adapter = cobra.attach(model, _config(recipe, {"gate": "open", **options}, budget, r_max=largest), scores)
     plan = adapter.extract()
     if recipe.method == "plan":
         plan = _with_ranks(plan, cobra.plan_ranks(scores, budget, r_max=largest, fusion=fusion).ranks)

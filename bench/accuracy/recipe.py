@@ -37,9 +37,12 @@ class Recipe:
     dropout: of the base model, in hidden states and attention
     noise: share of the training labels replaced by another class at random
     validation_examples, test_examples: of the splits that are evaluated, the same ones for every seed; None: all
-    settings: of the method, by name; for those of COBRA fields of CobraConfig, `minimum` (ranks of a layer), `r_max_multiple`
-        (gates of a layer in average ranks), `cut` (share of the steps before it) and `scores` (False: no calibration); of
-        peft's methods `layers`: comma-separated endings of the names of those that have an adapter, at the same budget
+    settings: of the method, by name; for those of COBRA fields of CobraConfig; and
+        scaling: of the update, 2 where none is given
+        layers: of peft's methods, comma-separated endings of the names of those that have an adapter, at the same budget
+        minimum: ranks of a layer; r_max_multiple: gates of a layer, in average ranks; cut: share of the steps before it;
+        scores: False for no calibration; drawn: "example" for gates with noise of their own for every example; rounds: in which
+        ranks grow, in the place of a cut (`bench.accuracy.variants`)
     """
 
     phase: str

@@ -1,0 +1,73 @@
+"""Gates of every example, and ranks that grow: on small layers by their equations, on the real model to the budget."""
+
+import pytest
+import torch
+from accuracy_models import encoded, started, tiny
+from models import Mlp, attached, layers_of, stir
+
+import cobra
+from bench.accuracy.forms import COBRA
+from bench.accuracy.methods import attach, budget_parameters
+from bench.accuracy.run import _train
+from bench.accuracy.variants import Growth, draw_per_example
+from cobra.sites import find_sites
+
+
+def test_every_example_has_gates_of_its_own():
+    """Equal rows come out apart in training, each as with one draw of gates; not so in evaluation."""
+    model, adapter = attached(Mlp)
+    stir(adapter)
+    expected = model.eval()(torch.ones(3, 6))
+    draw_per_example(adapter, seed=1)
+    torch.testing.assert_close(model(torch.ones(3, 6)), expected)
+    layer, x = layers_of(adapter)[0].train(), torch.randn(3, 5, 6)
+    torch.manual_seed(0)
+    layer.forward.generator.manual_seed(7)
+    y = layer(x)
+    u = torch.rand(3, layer.rank, generator=torch.Generator().manual_seed(7))
+    z = torch.sigmoid((layer.lora_gate + u.logit()) / layer.gate_temperature)
+    h = (x @ layer.lora_A.T) * z[:, None]
+    torch.testing.assert_close(y, x @ layer.weight.T + layer.bias + layer.scaling * h @ layer.lora_B.T)
+    (gradient,) = torch.autograd.grad(y.sum(), layer.lora_gate)
+    assert gradient.abs().min() > 0
+    same = layer(torch.ones(3, 1, 6))
+    assert not torch.equal(same[0], same[1]) and not torch.equal(same[1], same[2])
+
+
+def test_ranks_grow_where_the_gradient_asks_for_its_parameters():
+    """Closed columns stay as they are; in every round the layer with the most gradient for its size opens its next rank."""
+    model, adapter = attached(Mlp, gate="open", rank_budget=4, r_max=4, total_steps=None)
+    first, second = layers_of(adapter)
+    cost = [layer.in_features + layer.out_features for layer in (first, second)]
+    growth = Growth(adapter, amount=sum(cost) + 2 * max(cost), rounds=2, until=4)
+    names = list(growth.ranks)
+    optimizer = torch.optim.AdamW(adapter.parameter_groups(lr=1e-2))
+    for step in range(1, 5):
+        model(torch.linspace(-1, 1, 30).reshape(5, 6)).square().sum().backward()
+        for layer, rank in zip((first, second), growth.ranks.values(), strict=True):
+            assert not layer.lora_B.grad[:, rank:].any() and layer.lora_B.grad[:, :rank].any()
+        optimizer.step()
+        optimizer.zero_grad()
+        before = dict(growth.ranks)
+        wanted = torch.tensor([growth.wanted[n][before[n]] / c for n, c in zip(names, cost, strict=True)])
+        growth.after_step(step)
+        grown = [name for name in names if growth.ranks[name] > before[name]]
+        if step == 2:
+            assert names[wanted.argmax()] in grown
+        assert bool(grown) == (step % 2 == 0)
+    assert growth.amount - min(cost) < growth.spent <= growth.amount
+    with pytest.raises(ValueError, match="a budget of 3 parameters has no first rank for every layer, which takes"):
+        Growth(adapter, amount=3, rounds=2, until=4)
+
+
+@pytest.mark.parametrize("change", [{"drawn": "example"}, {"gate": "open", "rounds": 3}, {"gate": "hard_concrete"}], ids=str)
+def test_variants_of_the_form_end_at_its_budget(change):
+    recipe = tiny("cobra", rank=8, settings=tuple({**COBRA, **change}.items()))
+    batch = encoded().batch(range(6))
+    with pytest.warns(UserWarning, match="the path integral misses"):
+        scores = cobra.calibrate(started(), [batch], steps=2, progress=False, directions=16)
+    found = attach(recipe, started(), scores, lambda: [batch])
+    losses = _train(found, encoded(), recipe)
+    assert torch.tensor(losses).isfinite().all()
+    ranks, budget = found.ranks(), budget_parameters(find_sites(started()), 8)
+    assert found.parameters() == pytest.approx(budget, rel=0.01) and min(ranks.values()) >= 1 and len(set(ranks.values())) > 1
