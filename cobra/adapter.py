@@ -23,11 +23,16 @@ from cobra.plan import RankPlan
 from cobra.selection import select_ranks
 from cobra.shared import SharedInputs
 from cobra.sites import Site, fingerprint
+from cobra.still import StillParameters
+from cobra.to_lora import to_lora
 from cobra_kernels import draw_words, gate_kl, gate_kl_sampled, gate_noise
 
 
 class Adapter:
-    """A handle on the CobraLinears of a model. Made by `attach`."""
+    """A handle on the CobraLinears of a model. Made by `attach`.
+
+    groups: that have ranks; dropped: sites that the cut left without
+    """
 
     def __init__(
         self,
@@ -45,10 +50,10 @@ class Adapter:
         self.shared_inputs = SharedInputs() if config.share_inputs else None
         self.plan: RankPlan | None = None
         self._trainable_before = set(restore)
-        self._dropped: list[Site] = []
+        self.dropped: list[Site] = []
         self._merged: Merge | None = None
         self._mode_at_merge = model.training
-        self._marks_at_cut: list[tuple[int, Tensor]] | None = None
+        self._at_cut: StillParameters | None = None
         self._steps_since_change = 0  # of the set of parameters
         self._nesting = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
         self._set_nested_tensors(False)
@@ -119,14 +124,9 @@ class Adapter:
             self.shared_inputs.settle()
         self._steps_since_change += 1
         distributed.after_step(self.groups, self._steps_since_change, f"{self.base_fingerprint} {self.config}")
-        if self._marks_at_cut is not None:
-            if self._marks_at_cut and not self._moved_since(self._marks_at_cut):
-                warnings.warn(
-                    "no parameter moved in the step after apply(plan): the optimizer holds the parameters from before the cut; "
-                    "call apply(plan, optimizer), or make a new optimizer from parameter_groups()",
-                    stacklevel=2,
-                )
-            self._marks_at_cut = None
+        if self._at_cut is not None:
+            self._at_cut.warn_if_still(stacklevel=3)
+            self._at_cut = None
         self.move_to_step(self.current_step + 1)
 
     def move_to_step(self, step: int) -> None:
@@ -218,24 +218,16 @@ class Adapter:
                     removed += [layers[0].lora_A, layers[0].lora_B]
                     dropped.append(base)
         self._restore(dropped)
-        self._dropped += dropped
+        self.dropped += dropped
         if optimizer is not None:
             shrink.forget(optimizer, removed)
         self.groups = [group for group, site in zip(self.groups, plan.sites, strict=True) if site.kept]
         self.plan = plan
         if self.shared_inputs is not None:
             self.shared_inputs.forget()
-        self._marks_at_cut, self._steps_since_change = self._marks() if optimizer is None else None, 0
-
-    def _marks(self) -> list[tuple[int, Tensor]]:
-        """Version and first values of the matrices alone: the heads are the same objects after the cut, and an old optimizer
-        goes on moving them. Fused optimizers leave the version as it is."""
+        # the heads are the same objects after the cut, and an old optimizer goes on moving them
         matrices = [p for g in self.groups for layer in g.all_layers for p in (layer.lora_A, layer.lora_B)]
-        return [(p._version, p.detach().flatten()[:64].to("cpu", copy=True)) for p in matrices]
-
-    def _moved_since(self, marks: list[tuple[int, Tensor]]) -> bool:
-        pairs = zip(marks, self._marks(), strict=True)
-        return any(then != now or not torch.equal(old, new) for (then, old), (now, new) in pairs)
+        self._at_cut, self._steps_since_change = StillParameters(matrices) if optimizer is None else None, 0
 
     def _check_plan(self, plan: RankPlan) -> None:
         if self.plan is not None:
@@ -360,31 +352,7 @@ class Adapter:
 
         Raises ValueError for a module that has several names, which a checkpoint cannot say.
         """
-        layers: dict[str, LoraLayer] = {}
-        for group in self.groups:
-            for site, site_layers in zip(group.sites, group.layers, strict=True):
-                layers |= {name: LoraLayer(*layer.folded()) for name, layer in _named_layers(site, site_layers)}
-        for site in self._dropped:
-            kind = {"device": site.weight.device, "dtype": torch.promote_types(site.weight.dtype, torch.float16)}
-            nothing = LoraLayer(torch.empty(0, site.in_features, **kind), torch.empty(site.out_features, 0, **kind))
-            layers |= {name: nothing for name, _ in site.modules}
-        order = {name: i for i, (name, _) in enumerate(self.model.named_modules())}
-        layers = dict(sorted(layers.items(), key=lambda item: order.get(item[0], len(order))))
-        return LoraAdapter(
-            layers=layers,
-            heads={name: {k: distributed.whole(v) for k, v in head.state_dict().items()} for name, head in self.heads.items()},
-            transposed=any(layer.transposed for group in self.groups for layer in group.all_layers),
-            dropout=self.config.dropout,
-            ambiguous=any(other.endswith(f".{name}") for other in order for name in layers),
-            base_model=getattr(getattr(self.model, "config", None), "_name_or_path", None) or None,
-            provenance={
-                "fingerprint": self.base_fingerprint,
-                "step": self.current_step,
-                "config": self.config.to_dict(),
-                "plan": None if self.plan is None else self.plan.to_dict(),
-                "calibration": self.calibration,
-            },
-        )
+        return to_lora(self)
 
     def save_pretrained(self, folder: Path | str, layout: str = "compact") -> None:
         """Writes a plain LoRA checkpoint that peft loads (`cobra.export.peft`); of several ranks, rank 0 does."""
@@ -407,11 +375,3 @@ class Adapter:
     def __repr__(self) -> str:
         state = "merged" if self._merged is not None else "cut" if self.plan else f"step {self.current_step}"
         return f"Adapter({len(self.groups)} groups, {self.trainable_parameters():,} parameters, {state})"
-
-
-def _named_layers(site: Site, layers: list[CobraLinear]) -> Iterator[tuple[str, CobraLinear]]:
-    """One name for each module; modules that share a weight get one copy of the adapter each."""
-    if len(site.modules) > len(site.distinct_modules):
-        names = " and ".join(name for name, _ in site.modules)
-        raise ValueError(f"{names} are one module, and peft would adapt it under its first name only; merge() instead")
-    return zip((name for name, _ in site.modules), layers, strict=True)
