@@ -4,13 +4,13 @@ import pytest
 from accuracy_rows import row
 
 from bench.accuracy import tables
+from bench.accuracy.evidence import TABLES
 from bench.accuracy.formats import EMPTY, markdown, number, p_value, percent
 from bench.accuracy.intervals import seeds_estimate
-from bench.accuracy.statistics import summarise
+from bench.accuracy.statistics import Choice, summarise
 
 FEW = 200
-NAMES = "runs main secondary calibration calibration_gains means wins pairs budget cost factors search"
-ALL = [getattr(tables, name) for name in NAMES.split()]
+ALL = {name: table for name, table in TABLES.items() if name != "diagnosis"}
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +36,16 @@ def cells(table: str, start: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-@pytest.mark.parametrize("table", ALL, ids=lambda table: table.__name__)
+@pytest.mark.parametrize("table", ALL.values(), ids=ALL)
 def test_no_rows(table):
     assert table([], summarise([])) == EMPTY
 
 
-@pytest.mark.parametrize("table", ALL, ids=lambda table: table.__name__)
+@pytest.mark.parametrize("table", ALL.values(), ids=ALL)
 def test_markdown_is_rectangular(table, rows, summary):
     """With every phase there: each line of a table has as many cells as its header."""
-    more = [row("cobra", phase="factor", seed=s, lr=lr) for s in range(2) for lr in (0.003, 0.01)]
+    studies = [(phase, s, lr) for phase in ("factor", "ablation") for s in range(2) for lr in (0.003, 0.01)]
+    more = [row("cobra", phase=phase, seed=s, lr=lr) for phase, s, lr in studies]
     more += [row("lora", phase="search", seed=100, lr=lr) for lr in (0.003, 0.01)]
     text = table([*rows, *more], summary)
     widths = {tuple(line.count("|") for line in block.splitlines()) for block in text.split("\n\n") if block.startswith("|")}
@@ -146,7 +147,7 @@ def test_search():
             for lr, level in ((0.001, 0.7), (0.003, 0.8))]  # fmt: skip
     rows.append(row("cobra", "topics", 2, 100, "search", lr=0.01, diverged=True))
     rows.append(row("cobra", "hyper", 2, 100, "search", 0.6, 0.01))
-    lines = tables.search(rows, summarise([])).splitlines()[4:]
+    lines = tables.search(rows, "over tasks", {Choice("minilm", None, "cobra", 2): 0.003}).splitlines()[4:]
     assert lines == [
         "| cobra | lr 0.003 | 80.0 | 80.0 | 0.00 | chosen |",
         "| cobra | lr 0.001 | 70.0 | 70.0 | 10.00 |  |",
@@ -154,12 +155,15 @@ def test_search():
     ]
 
 
-def test_an_unfinished_search_has_no_choice():
-    rows = [
-        row("cobra", task, 2, 100, "search", 0.8, lr) for task, lr in (("hyper", 0.001), ("hyper", 0.003), ("topics", 0.003))
+def test_settings_that_lack_runs_are_not_measured_by():
+    """They stand last, without a shortfall, however good the runs are that they have."""
+    found = (("hyper", 0.001, 0.9), ("hyper", 0.003, 0.8), ("topics", 0.003, 0.8), ("hyper", 0.01, 0.7), ("topics", 0.01, 0.7))
+    rows = [row("cobra", task, 2, 100, "search", level, lr) for task, lr, level in found]
+    assert tables.search(rows, "over tasks", {}).splitlines()[4:] == [
+        "| cobra | lr 0.003 | 80.0 | 80.0 | 0.00 |  |",
+        "| cobra | lr 0.01 | 70.0 | 70.0 | 10.00 |  |",
+        "| cobra | lr 0.001 | 90.0 | – | – |  |",
     ]
-    text = tables.search(rows, summarise([]))
-    assert "chosen" not in text and "| cobra | lr 0.001 | 80.0 | – | – |  |" in text
 
 
 def test_runs(rows, summary):

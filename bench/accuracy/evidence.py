@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.accuracy import diagnosis, figures, tables
+from bench.accuracy import diagnosis, figures, searches, tables
 from bench.accuracy.forms import TIGHT
 from bench.accuracy.rows import ROWS, read_rows
 from bench.accuracy.statistics import Summary, check_equal_budget, summarise
@@ -37,7 +37,7 @@ TABLES: dict[str, Callable[[Sequence[dict], Summary], str]] = {
     "secondary": tables.secondary,
     "factors": tables.factors,
     "ablations": lambda rows, summary: tables.factors(rows, summary, "ablation"),
-    "search": lambda rows, summary: tables.search(rows, summary, RULE),
+    "search": lambda rows, summary: tables.search(rows, RULE, searches.chosen(rows)),
     "budget": tables.budget,
     "cost": tables.cost,
     "diagnosis": lambda rows, summary: diagnosis.markdown(diagnosis.read_rows()),

@@ -125,6 +125,7 @@ FACTOR_REFERENCE = {
     "init": "gradient",
     "cut": 0.4,
 }
+LORA_PARTS = ({}, {"scaling": 1.0, "lr": 2.0}, {"scaling": 4.0, "lr": 0.5})
 # the wide sweep, of settings and of what a calibration measures
 WIDE_PARTS = (
     {},
@@ -147,6 +148,8 @@ WIDE_PARTS = (
     {"r_max_multiple": 4},
     {"cut": 0.7},
     {"minimum": 0},
+    {"scaling": 1.0, "lr": 2.0},
+    {"scaling": 4.0, "lr": 0.5},
     {"gate": "hard_concrete"},
     {"drawn": "example"},
     {"gate": "open", "rounds": 8},

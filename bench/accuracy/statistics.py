@@ -286,7 +286,8 @@ def _ranked(tried: dict[str, dict[tuple[str, int], dict]]) -> list[Candidate]:
     needed = {run for runs in tried.values() for run in runs}
     tasks = sorted({task for task, _ in needed})
     values = {config: {task: _mean_validation(runs, task) for task in tasks} for config, runs in tried.items()}
-    best = {task: _best([found[task] for found in values.values()], _kind_of(tried, task)) for task in tasks}
+    whole = [config for config, runs in tried.items() if runs.keys() >= needed] or list(tried)
+    best = {task: _best([values[config][task] for config in whole], _kind_of(tried, task)) for task in tasks}
     out = []
     for config, runs in tried.items():
         missing = tuple(f"{task} seed {seed}" for task, seed in sorted(needed - runs.keys()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from bench.accuracy.calibration import METRICS, calibration_changes
 from bench.accuracy.cells import BASELINE, Cell, Place, Runs, of_phase, sort_methods
@@ -29,7 +29,7 @@ from bench.accuracy.formats import (
 )
 from bench.accuracy.intervals import Estimate, mean_of, seeds_estimate
 from bench.accuracy.replication import replications
-from bench.accuracy.statistics import Candidate, Summary, candidates, describe, win_tie_loss
+from bench.accuracy.statistics import Candidate, Choice, Summary, candidates, describe, win_tie_loss
 
 LEVEL = {"classification": "accuracy %, ↑", "regression": "MSE, ↓", "language": "NLL, ↓"}
 GAIN = {"classification": "points", "regression": "% less MSE", "language": "% less NLL"}
@@ -231,8 +231,11 @@ def factors(rows: Sequence[dict], summary: Summary, phase: str = "factor") -> st
     return "\n\n".join(blocks) or EMPTY
 
 
-def search(rows: Sequence[dict], summary: Summary, rule: str = "over tasks") -> str:
-    """All settings that were tried, with their validation metric by task, and those that the rule takes."""
+def search(rows: Sequence[dict], rule: str, chosen: Mapping[Choice, float]) -> str:
+    """All settings that were tried, with their validation metric by task, and what was chosen.
+
+    chosen: learning rates (`bench.accuracy.searches.chosen`)
+    """
     kinds = {row["task"]: row["kind"] for row in of_phase(rows, "search")}
     by_place = defaultdict(list)
     for choice, tried in candidates(rows, rule).items():
@@ -242,7 +245,7 @@ def search(rows: Sequence[dict], summary: Summary, rule: str = "over tasks") -> 
         tasks = sorted({task for _, tried in found for candidate in tried for task in candidate.values})
         order = sort_methods(choice.method for choice, _ in found)
         found.sort(key=lambda item: (order.index(item[0].method), str(item[0].task)))
-        out = [(choice.method, *line) for choice, tried in found for line in _tried(tried, tasks, kinds)]
+        out = [(choice.method, *line) for choice, tried in found for line in _tried(tried, tasks, kinds, chosen.get(choice))]
         header = ("method", "settings", *(f"{t} ({LEVEL[kinds.get(t, 'classification')]})" for t in tasks), "shortfall %", "")
         blocks.append(_titled(place, markdown(header, out)))
     return "\n\n".join(blocks) or EMPTY
@@ -307,14 +310,16 @@ def _gained(effect: Effect, found: Estimate | None) -> str:
     return percent(found) if effect.kind == "classification" else number(found)
 
 
-def _tried(tried: Sequence[Candidate], tasks: Sequence[str], kinds: dict[str, str]) -> list[tuple[str, ...]]:
-    """Settings, validation by task, what they lack, and whether they are the choice; none is while runs are missing."""
-    complete = not any(candidate.missing for candidate in tried) and math.isfinite(tried[0].shortfall)
+def _tried(
+    tried: Sequence[Candidate], tasks: Sequence[str], kinds: dict[str, str], chosen: float | None
+) -> list[tuple[str, ...]]:
+    """Settings, validation by task, what they lack beside the best of those with all runs, and which were chosen."""
     out = []
     for place, candidate in enumerate(tried):
         other = tried[0] if place else tried[-1]
         spec = [(".1f", 100) if kinds.get(task) == "classification" else (".4g", 1) for task in tasks]
         values = [plain(candidate.values.get(task), *of) for task, of in zip(tasks, spec, strict=True)]
         lacks = "diverged" if math.isinf(candidate.shortfall) else plain(candidate.shortfall, ".2f", 100)
-        out.append((describe(candidate.config, other.config), *values, lacks, "chosen" if complete and not place else ""))
+        taken = "chosen" if candidate.config["lr"] == chosen else ""
+        out.append((describe(candidate.config, other.config), *values, lacks, taken))
     return out
