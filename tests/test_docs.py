@@ -53,7 +53,7 @@ def test_readme():
     model, batches = vit(), [image_batch()] * 3
     found: dict = {"model": model, "calibration_loader": batches, "loader": batches}
     exec(compile(ten_lines, "README.md, ten lines", "exec"), found)
-    assert found["plan"].total == found["budget"] == 8 * 12
+    assert found["plan"].total == found["budget"].amount == 8 * 12 and min(found["plan"].ranks.values()) >= 1
     assert not any(isinstance(module, cobra.CobraLinear) for module in model.modules())
     model = Mlp()
     adapter = cobra.attach(model, cobra.CobraConfig(4, r_max=4, gate="mean"))

@@ -43,7 +43,8 @@ class Growth:
     Every layer starts with its first rank. In rounds, evenly over the first steps, each of which spends an equal share of what
     is left of the budget, the next rank of that layer opens which has the most to gain for its parameters: the squared gradient
     of its column of lora_B, which is 0 until then, summed over the steps since the last round. (After IncreLoRA, Zhang et al.
-    2023, whose criterion is AdaLoRA's importance of whole layers.)
+    2023, whose criterion is AdaLoRA's importance of whole layers.) A rank that opens late begins with a step of about three
+    times the rate: Adam's moments are 0 there, and their correction is that of the whole matrix.
 
     amount: parameters of all ranks; rounds: the last one is at step `until`
     """
