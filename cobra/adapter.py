@@ -52,6 +52,7 @@ class Adapter:
         self._trainable_before = set(restore)
         self.dropped: list[Site] = []
         self._merged: Merge | None = None
+        self._detached = False
         self._mode_at_merge = model.training
         self._at_cut: StillParameters | None = None
         self._steps_since_change = 0  # of the set of parameters
@@ -152,9 +153,11 @@ class Adapter:
             layer.take_draw(noise[index, : layer.rank], words[index], temperature)
 
     def expected_ranks(self) -> dict[str, float]:
-        """Group -> Σ sigmoid(gate logits), the rank the posterior expects."""
+        """Group -> Σ P(gate is open), the rank the posterior expects: of hard gates P(z > 0), of others sigmoid(logit)."""
         return {
-            group.name: float(group.rank) if group.gate is None else distributed.whole(group.gate).sigmoid().sum().item()
+            group.name: float(group.rank)
+            if group.gate is None
+            else group.all_layers[0].open_probability(distributed.whole(group.gate)).sum().item()
             for group in self.groups
         }
 
@@ -182,6 +185,16 @@ class Adapter:
         return select_ranks(self.groups, self.config, budget, self.base_fingerprint, self.current_step)
 
     @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block the adapter is left out: the base model's own outputs, but for heads that are trained."""
+        with ExitStack() as stack:
+            for layer in (layer for group in self.groups for layer in group.all_layers):
+                kind = {"device": layer.weight.device, "dtype": layer.lora_A.dtype}
+                nothing = torch.empty(0, layer.in_features, **kind), torch.empty(layer.out_features, 0, **kind)
+                stack.enter_context(layer.cut_to(*nothing))
+            yield
+
+    @contextmanager
     def hard_gates(self, plan: RankPlan) -> Iterator[None]:
         """Within the block the model computes what it will compute after `apply(plan)`."""
         self._check_plan(plan)
@@ -206,6 +219,7 @@ class Adapter:
         distributed.check_whole(self.state_dict(), "apply(plan)")
         if optimizer is not None and not any(site.energy for site in plan.sites):
             shrink.check_optimizer(optimizer)
+        self._check_searched()
         removed: list[nn.Parameter] = []
         dropped: list[Site] = []
         for group, site in zip(self.groups, plan.sites, strict=True):
@@ -238,11 +252,35 @@ class Adapter:
             raise ValueError(
                 f"the plan is of another model: fingerprint {plan.fingerprint}, this adapter's is {self.base_fingerprint}"
             )
-        found = [(g.name, g.rank) for g in self.groups]
-        expected = [(s.name, len(s.posterior)) for s in plan.sites]
-        if found != expected:
+        ours, theirs = {g.name: g.rank for g in self.groups}, {s.name: len(s.posterior) for s in plan.sites}
+        if list(ours) != list(theirs):
             raise ValueError(
-                f"the plan is of another adapter: {len(expected)} groups of gates, this one has {len(found)}, or other sizes"
+                f"the plan is of another adapter: {len(theirs)} groups of gates, this one has {len(ours)}, or other names; "
+                "use one granularity and one target_modules for both"
+            )
+        for name, rank in ours.items():
+            if rank != theirs[name]:
+                raise ValueError(
+                    f"the plan is of another adapter: it has {theirs[name]} gates for {name}, this one {rank}; "
+                    f"use one r_max for both, as plan_ranks(..., r_max={self.config.r_max})"
+                )
+
+    def _check_searched(self) -> None:
+        """Warns of a cut that comes before gates were drawn as the config says."""
+        step, steps = self.current_step, self.config.total_steps
+        if not self.config.samples or not any(layer.lora_B.any() for g in self.groups for layer in g.all_layers):
+            return
+        if step == 0:
+            warnings.warn(
+                "the adapter was trained and step() never called: all steps had one draw of gates, at the first temperature; "
+                "call adapter.step() after every optimizer step, or add CobraCallback to the Trainer",
+                stacklevel=3,
+            )
+        elif 2 * step < steps:
+            warnings.warn(
+                f"apply(plan) at step {step} of total_steps={steps}: the gates' temperature is still "
+                f"{self.config.temperature_at(step):.2g}; set total_steps to the number of steps before the cut",
+                stacklevel=3,
             )
 
     # the end
@@ -324,10 +362,13 @@ class Adapter:
             self.unmerge()
         self._restore(site for group in self.groups for site in group.sites)
         self._set_nested_tensors(True)
+        self._detached = True
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in self._trainable_before)
 
     def _check_attached(self) -> None:
+        if self._detached:
+            raise ValueError("the adapter is detached: there is nothing to train; attach anew")
         if self._merged is not None:
             raise ValueError("the adapter is merged: there is nothing to train; unmerge() it first")
 

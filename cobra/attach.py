@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 
 import torch
@@ -30,7 +31,7 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
         adapter.
 
     Raises ValueError for an adapter already attached, scores of another model or another granularity, a budget above
-    capacity, unknown modules_to_save, and what `find_sites` raises; the model is then unchanged.
+    capacity or below the cheapest rank, unknown modules_to_save, and what `find_sites` raises; the model is then unchanged.
     """
     _check_free(model)
     sites = find_sites(model, config.target_modules, allow_quantised=True)
@@ -44,7 +45,16 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
     budget = Budget.of(config.rank_budget)
     trained_as = torch.promote_types(sites[0].weight.dtype, torch.float32)
     costs = [cost_of_rank(group, budget.unit, trained_as.itemsize) for group in members.values()]
-    allocate(list(members), [torch.ones(rank) for rank in ranks], costs, budget)  # says now what extract() would say later
+    # says now what extract() would say later
+    allocation = allocate(list(members), [torch.ones(rank) for rank in ranks], costs, budget)
+    if budget.amount and not allocation.spent:
+        raise ValueError(f"a budget of {budget.amount} {budget.unit} keeps no rank: the cheapest step costs {allocation.step}")
+    if isinstance(config.rank_budget, int) and 0 < budget.amount < len(members):
+        warnings.warn(
+            f"rank_budget={budget.amount} is the total over {len(members)} layers; {budget.amount} a layer would be "
+            f"{budget.amount * len(members)}. Where fewer than one a layer is meant, cobra.Budget({budget.amount}) says so",
+            stacklevel=2,
+        )
     priors = _priors(members, ranks, config, scores)
     starts = _starts(sites, config, scores)
     heads = _heads(model, config, sites)

@@ -40,8 +40,12 @@ def adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def save(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, scheduler) -> None:
-    """Writes the checkpoint, whole or not at all. Of several ranks each writes its own file: dropout's states differ."""
-    tensors = {f"adapter.{name}": tensor for name, tensor in adapter_tensors(adapter).items()}
+    """Writes the checkpoint, whole or not at all. Of several ranks each writes its own file: dropout's states differ.
+
+    Raises ValueError for an adapter that is not finite; a file that is there stays.
+    """
+    tensors = {f"adapter.{name}": whole(tensor) for name, tensor in adapter_tensors(adapter).items()}
+    storage.check_finite(path, tensors)
     tensors["prior"] = torch.tensor([p for group in adapter.groups for p in group.prior], dtype=torch.float64)
     tensors["rng"] = torch.get_rng_state()
     tensors |= {f"rng.cuda:{index}": torch.cuda.get_rng_state(index) for index in _cuda_devices(adapter)}

@@ -74,11 +74,11 @@ class CobraConfig:
     temperature, anneal: first and last temperature of the relaxation, and the way between
     gate: "concrete" (noise once per optimizer step), "hard_concrete" (the same, stretched to (-0.1, 1.1) and cut to [0, 1], as
         mean gates are too; Louizos et al. 2018, whose temperature is (2/3, 2/3)), "straight_through" (rounded to 0 or 1 in the
-        forward), "mean" (sigmoid of the logit, no noise), "open" (plain LoRA)
+        forward), "mean" (sigmoid of the logit, no noise), "open" (plain LoRA). The cut ranks them by P(z > 1/2)
     basis: what the cut ranks. "gates": the gates, by their posterior. "singular": the singular directions of every layer's
         update as it is with mean gates, by their energy (`cobra.singular`); a cut then loses the least of it that ranks allow.
         "auto", which `attach` replaces, is "singular" for budgets of an average rank below 1, where whole layers go
-    fold: the factor a kept gate's rank carries after the cut: 1, or its mean gate
+    fold: the factor a kept gate's rank carries after the cut: 1, or its mean gate, which is in singular directions anyway
     gate_lr_scale, lora_B_lr_scale: learning rates of the gate logits and of lora_B over that of lora_A
     dropout: on the adapter branch's input
     seed: of lora_A's initialisation and of every gate
@@ -131,20 +131,22 @@ class CobraConfig:
             )
         _require(_is_int(self.r_max) and 1 <= self.r_max <= 1024, f"r_max={self.r_max!r}", "an integer from 1 to 1024")
         _require(_is_int(self.seed) and 0 <= self.seed < 2**64, f"seed={self.seed!r}", "an integer from 0 to 2**64 - 1")
+        for name in ("gamma", "open_probability", "beta", "gate_lr_scale", "lora_B_lr_scale", "dropout"):
+            _require(_is_finite(getattr(self, name)), f"{name}={getattr(self, name)!r}", "a finite number")
         _require(0 <= self.dropout < 1, f"dropout={self.dropout!r}", "at least 0 and below 1")
         if self.backend == "triton" and self.dropout:
             raise ValueError(
                 f"backend='triton' has one input for layer and branch, and dropout={self.dropout} makes two; "
                 "set dropout=0, or backend='auto'"
             )
-        _require(self.alpha is None or self.alpha > 0, f"alpha={self.alpha!r}", "greater than 0, or None")
+        positive = _is_finite(self.alpha) and self.alpha > 0
+        _require(self.alpha is None or positive, f"alpha={self.alpha!r}", "a number greater than 0, or None")
         _require(self.beta >= 0, f"beta={self.beta!r}", "at least 0")
         _require(self.gate_lr_scale >= 0, f"gate_lr_scale={self.gate_lr_scale!r}", "at least 0")
         _require(self.lora_B_lr_scale > 0, f"lora_B_lr_scale={self.lora_B_lr_scale!r}", "greater than 0")
         _require(0 < self.open_probability < 1, f"open_probability={self.open_probability!r}", "between 0 and 1")
-        pair = isinstance(self.temperature, tuple) and len(self.temperature) == 2
-        _require(pair, f"temperature={self.temperature!r}", "(first, last)")
-        _require(math.isfinite(self.gamma), f"gamma={self.gamma!r}", "a finite number")
+        pair = isinstance(self.temperature, tuple) and len(self.temperature) == 2 and all(map(_is_finite, self.temperature))
+        _require(pair, f"temperature={self.temperature!r}", "(first, last), as (1.0, 0.1)")
         first, last = self.temperature
         _require(first >= last > 0, f"temperature={self.temperature!r}", "(first, last) with first >= last > 0")
         _require(
@@ -213,6 +215,10 @@ class CobraConfig:
 
 def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _require(holds: bool, given: str, expected: str) -> None:

@@ -135,6 +135,13 @@ class CobraLinear(nn.Linear):
         low, high = self.stretch
         return (low + (high - low) * mean).clamp(0, 1)
 
+    def open_probability(self, logits: Tensor) -> Tensor:
+        """logits (...) -> P(z > 0) of hard gates at the step's temperature; sigmoid(logits), P(z > 1/2), of others"""
+        if self.stretch is None:
+            return torch.sigmoid(logits)
+        low, high = self.stretch
+        return torch.sigmoid(logits - self.gate_temperature * math.log(-low / high))
+
     @property
     def rank(self) -> int:
         return self.lora_A.shape[0]

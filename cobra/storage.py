@@ -84,6 +84,13 @@ def read_tensors(path: Path | str, kind: str) -> tuple[dict[str, Tensor], dict]:
         ) from error
 
 
+def check_finite(path: Path | str, tensors: dict[str, Tensor]) -> None:
+    """Before a file is written. Raises ValueError naming the first tensor that holds NaN or Inf."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or Inf: the training diverged; {_INTACT}")
+
+
 @contextmanager
 def new_folder(path: Path | str) -> Iterator[Path]:
     """A folder that appears, or replaces the old one, only when the block ends well.

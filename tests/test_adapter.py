@@ -24,7 +24,7 @@ from models import (
 from torch.utils.data import DataLoader
 
 import cobra
-from cobra_kernels import gate_kl_sampled, gate_noise
+from cobra_kernels import gate_kl_sampled, gate_noise, gates_and_kl
 
 BATCH = image_batch()
 
@@ -247,3 +247,53 @@ def test_deepcopy(what):
         torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.1).step(lambda: twin(**BATCH).loss.backward())
     assert not torch.equal(logits_of(twin, BATCH), expected)
     assert torch.equal(logits_of(model, BATCH), expected)
+
+
+def test_disabled_is_the_base_model():
+    """Within the block only, in training and in evaluation; heads are left as they were trained."""
+    model, adapter = attached(modules_to_save=())
+    stir(adapter)
+    adapted, base = logits_of(model.eval(), BATCH), logits_of(vit().eval(), BATCH)
+    with adapter.disabled():
+        torch.testing.assert_close(logits_of(model, BATCH), base)
+        torch.testing.assert_close(logits_of(model.train(), BATCH), base)
+    assert torch.equal(logits_of(model.eval(), BATCH), adapted) and not torch.allclose(adapted, base)
+
+
+def test_a_detached_handle_trains_nothing():
+    _, adapter = attached()
+    adapter.detach()
+    for call in (adapter.kl_loss, adapter.step):
+        with pytest.raises(ValueError, match="the adapter is detached: there is nothing to train; attach anew"):
+            call()
+
+
+def test_a_cut_before_gates_were_drawn_is_warned_of():
+    """Without step() every step had one draw; far from the search's end the gates are still soft."""
+    for steps, message in ((0, "the adapter was trained and step\\(\\) never called"), (3, "at step 3 of total_steps=10")):
+        _, adapter = attached()
+        stir(adapter)
+        adapter.move_to_step(steps)
+        with pytest.warns(UserWarning, match=message):
+            adapter.apply(adapter.extract())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("steps", "stirred", "changes"), [(0, False, {}), (5, True, {}), (0, True, {"gate": "mean"})])
+def test_other_cuts_are_not(steps, stirred, changes):
+    _, adapter = attached(rank_budget=12, **changes)
+    if stirred:
+        stir(adapter)
+    adapter.move_to_step(steps)
+    adapter.apply(adapter.extract())
+
+
+def test_hard_gates_are_expected_open_where_they_are_not_zero():
+    """As the kernels count them, at the step's temperature."""
+    _, adapter = attached(gate="hard_concrete", temperature=(0.7, 0.7))
+    stir(adapter)
+    for group in adapter.groups:
+        logits = group.gate.detach()[None]
+        counted = gates_and_kl(logits, logits, seed=0, step=0, temperature=0.7, stretch=(-0.1, 1.1)).open.sum().item()
+        assert adapter.expected_ranks()[group.name] == pytest.approx(counted)
+        assert counted > logits.sigmoid().sum().item()

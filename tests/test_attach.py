@@ -228,3 +228,20 @@ def test_attach_counts_as_extract_does():
     assert cobra.attach(Shared().double(), config).extract().total == 8
     with pytest.raises(ValueError, match="expected 0 to 384 bytes"):
         cobra.attach(Shared(), config)
+
+
+def test_a_budget_below_the_cheapest_rank():
+    """Before anything is touched."""
+    model = vit()
+    with pytest.raises(ValueError, match="a budget of 10 parameters keeps no rank: the cheapest step costs 64"):
+        cobra.attach(model, cobra.CobraConfig(cobra.Budget(10, "parameters"), r_max=4, gate="mean"))
+    assert not any(isinstance(module, cobra.CobraLinear) for module in model.modules())
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_budget_that_looks_like_a_rank():
+    """A number below the number of layers is asked about; a Budget, and a rank a layer, are not."""
+    with pytest.warns(UserWarning, match=r"rank_budget=8 is the total over 12 layers; 8 a layer would be 96\. .*Budget\(8\)"):
+        cobra.attach(vit(), cobra.CobraConfig(8, r_max=4, gate="mean"))
+    for budget in (cobra.Budget(8), 12):
+        cobra.attach(vit(), cobra.CobraConfig(budget, r_max=4, gate="mean"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Mlp, attached, gpt2, image_batch, logits_of, stir, token_batch, train, vit
+from models import Mlp, attached, gpt2, image_batch, layers_of, logits_of, stir, token_batch, train, vit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -233,6 +233,17 @@ def test_truncated_files_are_refused(fraction, tmp_path):
     path.write_bytes(whole[: int(len(whole) * fraction)])
     with pytest.raises(cobra.FormatError, match=r"run\.cobra: expected a COBRA training checkpoint"):
         run.load(path)
+
+
+def test_what_is_not_finite_is_not_written(tmp_path):
+    """A run that saves to one file keeps its last good state."""
+    run, path = Run.start(gpt2), tmp_path / "run.cobra"
+    run.save(path)
+    good = path.read_bytes()
+    layers_of(run.adapter)[0].lora_B.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"run\.cobra: adapter\.\S+\.lora_B holds NaN or Inf: the training diverged"):
+        run.save(path)
+    assert path.read_bytes() == good
 
 
 def test_foreign_files_are_refused(tmp_path):

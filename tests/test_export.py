@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from models import gpt2, image_batch, logits_of, stir, token_batch, vit
+from models import gpt2, image_batch, layers_of, logits_of, stir, token_batch, vit
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -127,6 +127,18 @@ def test_heads_load_in_peft(layout, tmp_path):
     head = loaded.base_model.model.classifier.modules_to_save["default"]
     assert torch.equal(head.weight, model.classifier.weight) and not torch.equal(head.weight, vit().classifier.weight)
     torch.testing.assert_close(logits_of(loaded, image_batch()), logits_of(model, image_batch()), rtol=1e-5, atol=1e-5)
+
+
+@LAYOUTS
+def test_what_is_not_finite_is_not_written(layout, tmp_path):
+    """Over a good adapter neither."""
+    _, adapter = cut_adapter()
+    adapter.save_pretrained(tmp_path / "a", layout)
+    good = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
+    layers_of(adapter)[0].lora_A.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"lora_A\.weight holds NaN or Inf: the training diverged; nothing was written"):
+        adapter.save_pretrained(tmp_path / "a", layout)
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == good
 
 
 def test_rank_zero_is_dropped(tmp_path):

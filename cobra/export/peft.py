@@ -27,7 +27,8 @@ FILES = (CONFIG, TENSORS, "cobra.json", "README.md")
 def save_pretrained(adapter: LoraAdapter, folder: Path | str, layout: str = "compact") -> None:
     """Writes the folder, whole or not at all; an older one is replaced only by a complete one.
 
-    Raises ValueError for an unknown layout, an adapter with no rank left, and a folder of another program's files.
+    Raises ValueError for an unknown layout, an adapter with no rank left or that is not finite, and a folder of another
+    program's files.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
@@ -35,6 +36,7 @@ def save_pretrained(adapter: LoraAdapter, folder: Path | str, layout: str = "com
         raise ValueError("the plan keeps no rank, and peft has no empty adapter; save the base model instead")
     _check_replaceable(Path(folder))
     config, tensors = _config(adapter, layout), _tensors(adapter, layout)
+    storage.check_finite(folder, tensors)
     data = save({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, {"format": "pt"})
     provenance = {"kind": "adapter provenance", "version": 1, **adapter.provenance, "layout": layout}
     with storage.new_folder(folder) as fresh:
