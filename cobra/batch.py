@@ -36,8 +36,21 @@ class Batch:
         items = values.items() if isinstance(values, Mapping) else enumerate(values)
         sizes = {key: value.shape[0] for key, value in items if isinstance(value, Tensor) and value.ndim}
         if not sizes:
-            raise ValueError(f"batch {index} holds no tensors with a batch dimension")
+            raise ValueError(
+                f"batch {index} holds no tensors with a batch dimension; wrap the dataset in a DataLoader whose collate_fn "
+                "makes them (for tokens transformers' DataCollatorWithPadding)"
+            )
         return cls(values, next(iter(sizes.values()))).map(lambda t: t.to(device))
+
+    def check_batched(self, model: nn.Module, index: int) -> None:
+        """Raises ValueError for a row of a dataset: a label without dimensions, or token ids (T,) of a transformers model."""
+        ids = self.values.get("input_ids") if isinstance(self.values, Mapping) else self.values[0]
+        one_label = isinstance(self.labels, (int, float)) or (isinstance(self.labels, Tensor) and not self.labels.ndim)
+        one_text = hasattr(model, "config") and isinstance(ids, Tensor) and ids.ndim == 1 and not ids.is_floating_point()
+        if one_label or one_text:
+            raise ValueError(
+                f"batch {index} looks like one example without a batch dimension; wrap the dataset in a DataLoader"
+            )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with a function applied to every tensor."""

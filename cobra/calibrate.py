@@ -50,7 +50,7 @@ def calibrate(
     loader: batches as the model takes them, a mapping of tensors (with "labels") or an (inputs, labels) pair
     steps, quadrature: gradient evaluations on the path and their rule (`cobra.path.path_rule`)
     estimator: "paper" (COBRA Eq. 1), "conductance" (as captum's LayerConductance) or "direct" (complete across layers)
-    baseline: "zero", "mean" or "pad" embeddings, or a tensor like the model's entry
+    baseline: "zero" or a tensor like the model's entry; where that is token embeddings, "mean" or "pad" too
     granularity: "site" scores every layer, "block" every transformer block
     target, loss: (outputs, batch) -> (batch,), what is attributed and whose gradient is taken; by default the gold-class
         logit, the output, or the mean gold-token log-probability, and the model's own loss
@@ -64,8 +64,9 @@ def calibrate(
     Where torch.distributed is initialised, every rank calls it with a loader of its own part of the examples; all get the
     scores of all examples, those of rank 0 first.
 
-    Raises ValueError for an empty loader, labels all masked, losses or scores that are not finite, and what
-    `find_sites`, `find_entry` and `path_rule` raise. Warns of layers that are not used and of a poor quadrature.
+    Raises ValueError for an empty loader, rows of a dataset in the place of batches, labels all masked or of no class, losses
+    or scores that are not finite, and what `find_sites`, `find_entry` and `path_rule` raise.
+    Warns of layers that are not used and of a poor quadrature.
     """
     least = {"directions": (directions, 0), "max_examples": (max_examples, 1), "chunk_bytes": (chunk_bytes, 1)}
     _check_arguments(model, granularity, least)
@@ -101,14 +102,14 @@ def calibrate(
                     direct=estimator == "direct",
                     max_rows=max(1, int(chunk / 1.3) // max(1, norms.row_bytes)),  # the sweep holds site outputs too
                 )
-                collected.add(counted, norms, attribution)
+                collected.add(counted, norms, attribution, tokens=bool(entry.embeddings))
                 bar.advance(batch.size)
         return collected.results({**settings, "fingerprint": fingerprint(sites)})
 
     collected = _Collected.of(distributed.gather_results(measure, "calibration", model_device(model)))
     scores = collected.scores(sites, settings)
     if not distributed.rank():
-        _warn(scores)
+        _warn(scores, collected.tokens)
     return scores
 
 
@@ -128,7 +129,7 @@ class _Collected:
 
     def __init__(self, directions: int = 0):
         self.squared, self.attributed, self.entry, self.change = [], [], [], []
-        self.called, self.reached, self.batches = frozenset(), frozenset(), 0
+        self.called, self.reached, self.batches, self.tokens = frozenset(), frozenset(), 0, False
         self.sums = GradientSums(directions)
 
     @classmethod
@@ -148,6 +149,7 @@ class _Collected:
             collected.called |= frozenset(values["called"])
             collected.reached |= frozenset(values["reached"])
             collected.batches += values["batches"]
+            collected.tokens |= values["tokens"]
         return collected
 
     def results(self, measured: dict) -> distributed.Results:
@@ -155,9 +157,11 @@ class _Collected:
         lists = {"squared": self.squared, "attributed": self.attributed, "entry": self.entry, "change": self.change}
         values = {"called": sorted(self.called), "reached": sorted(self.reached), "batches": self.batches}
         tensors = {name: torch.cat(found) for name, found in lists.items() if found}
-        return tensors | {f"sum.{i}": total.cpu() for i, total in self.sums.totals.items()}, {**values, "measured": measured}
+        tensors |= {f"sum.{i}": total.cpu() for i, total in self.sums.totals.items()}
+        return tensors, {**values, "tokens": self.tokens, "measured": measured}
 
-    def add(self, counted: Tensor, norms: GradientNorms, attribution: Attribution) -> None:
+    def add(self, counted: Tensor, norms: GradientNorms, attribution: Attribution, *, tokens: bool) -> None:
+        """tokens: whether the path runs through token embeddings"""
         self.squared.append(norms.squared[counted])
         self.attributed.append(attribution.sites[counted])
         self.entry.append(attribution.entry[counted])
@@ -165,6 +169,7 @@ class _Collected:
         self.called |= norms.called
         self.reached |= norms.reached | attribution.reached
         self.batches += 1
+        self.tokens |= tokens
 
     def scores(self, sites: list[Site], settings: dict) -> LayerScores:
         if not self.batches:
@@ -223,10 +228,12 @@ def _batches(model: nn.Module, loader: Iterable, max_examples: int) -> Iterator[
     left = max_examples
     for index, values in enumerate(loader):
         batch = Batch.from_loader(values, model_device(model), index)
+        batch.check_batched(model, index)
         counted = objective.labelled_examples(model, batch)
         size = int((counted.long().cumsum(0) <= left).sum())
         if size:
             batch, counted = batch.rows(0, size), counted[:size]
+            objective.check_classes(model, batch)
             yield batch, counted
             left -= int(counted.sum())
         if left <= 0:
@@ -256,16 +263,23 @@ def _checked_loss(model: nn.Module, loss_of: Callable[[object, Batch], Tensor], 
     return losses
 
 
-def _warn(scores: LayerScores) -> None:
+def _warn(scores: LayerScores, tokens: bool) -> None:
     if scores.unused:
         warnings.warn(f"{len(scores.unused)} layers have no score and get no rank: {_some(scores.unused)}", stacklevel=3)
     if scores.completeness.path > 0.05:
         warnings.warn(
-            f"the path integral misses {scores.completeness.path:.0%} of F(x) - F(x0): "
-            "compare it with baseline='mean' where a model normalises its embeddings, which is singular at zero; "
-            "otherwise take more steps, or quadrature='lobatto'",
+            f"the path integral misses {scores.completeness.path:.0%} of F(x) - F(x0): {_remedy(scores.settings, tokens)}",
             stacklevel=3,
         )
+
+
+def _remedy(settings: dict, tokens: bool) -> str:
+    """What may bring the residual down: nothing that the calibration had, or that its input cannot have."""
+    steps = "take more steps" + ("" if settings["quadrature"] == "lobatto" else ", or quadrature='lobatto'")
+    if not tokens or settings["baseline"] == "mean":
+        return steps
+    compare = "compare it with baseline='mean' where a model normalises its embeddings, which is singular at zero"
+    return f"{compare}; otherwise {steps}"
 
 
 def _some(names) -> str:

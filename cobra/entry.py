@@ -87,9 +87,7 @@ def find_entry(model: nn.Module, batch: Batch, baseline: Baseline = "zero") -> E
                 f"input {key!r} is {value.dtype} and {type(model).__name__} has no input embeddings "
                 "that can be told: define get_input_embeddings() on the model"
             )
-    names = ("zero", "mean", "pad") if embedding is not None else ("zero",)
-    if not isinstance(baseline, Tensor) and baseline not in names:
-        raise ValueError(f"baseline={baseline!r} is not a tensor or one of {', '.join(names)} for this model's input")
+    _check_baseline(baseline, f"input {key!r} is {value.dtype}", embedding is not None)
     if isinstance(baseline, str) and baseline == "pad" and getattr(embedding, "padding_idx", None) is None:
         raise ValueError("baseline='pad' needs input embeddings with a padding_idx; pass the embedding as a tensor instead")
     if embedding is None:
@@ -98,6 +96,19 @@ def find_entry(model: nn.Module, batch: Batch, baseline: Baseline = "zero") -> E
         m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embedding and m.weight is embedding.weight
     ]
     return Entry((embedding, *sharing), None, baseline)
+
+
+def _check_baseline(baseline: Baseline, found: str, tokens: bool) -> None:
+    """
+    found: the input in words
+    tokens: whether it goes through embeddings, whose mean and padding can be told
+    """
+    if isinstance(baseline, Tensor) or baseline == "zero":
+        return
+    if baseline not in ("mean", "pad"):
+        raise ValueError(f"baseline={baseline!r} is not a tensor or one of zero, mean, pad")
+    if not tokens:
+        raise ValueError(f"baseline={baseline!r} needs token embeddings; {found} and takes 'zero' or a tensor")
 
 
 def _main_input(model: nn.Module, batch: Batch) -> tuple[str | int, Tensor]:

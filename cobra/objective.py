@@ -9,6 +9,7 @@ Told apart by shapes: labels (B,) of integers, labels of floats, labels (B, T) o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,6 +54,20 @@ def labelled_examples(model: nn.Module, batch: Batch) -> Tensor:
     labels = _shifted(model, batch, labels) if labels.ndim == 2 else labels
     counts = (labels != IGNORED).cpu()
     return counts.flatten(1).any(1) if counts.ndim > 1 else counts
+
+
+def check_classes(model: nn.Module, batch: Batch) -> None:
+    """Raises ValueError for labels that a transformers classifier has no class for: its own loss would break over them.
+
+    Those of a regression may be any integers, and those of an (inputs, labels) pair do not go to the model.
+    """
+    config, labels = getattr(model, "config", None), batch.labels
+    classes = getattr(config, "num_labels", None) or 1
+    regression = classes == 1 or getattr(config, "problem_type", None) == "regression"
+    if "Classification" not in type(model).__name__ or regression or not isinstance(batch.values, Mapping):
+        return
+    if isinstance(labels, Tensor) and not labels.is_floating_point():
+        _check_range(labels, classes)
 
 
 def check_against_model(model: nn.Module, outputs: Any, losses: Tensor, batch: Batch) -> None:
@@ -100,10 +115,15 @@ def _check_labels(outputs: Any, batch: Batch) -> None:
         or labels.ndim + 1 != logits.ndim
     ):
         return
-    bad = labels[(labels != IGNORED) & ((labels < 0) | (labels >= logits.shape[-1]))]
+    _check_range(labels, logits.shape[-1])
+
+
+def _check_range(labels: Tensor, classes: int) -> None:
+    bad = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
     if bad.numel():
         raise ValueError(
-            f"label {int(bad[0])} is out of range: the model has {logits.shape[-1]} classes (and -100 means masked)"
+            f"label {int(bad[0])} is out of range: the model has {classes} classes (and -100 means masked); "
+            "correct the labels, which count from 0, or load the model with more classes"
         )
 
 

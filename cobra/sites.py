@@ -215,7 +215,7 @@ def _matching(linears: list[tuple[str, nn.Module]], targets: TargetModules) -> l
         chosen = [(n, m) for n, m in linears if re.fullmatch(targets, n)]
         if not chosen:
             raise ValueError(
-                f"target_modules={targets!r} (a regular expression) matches no linear layer{_close(targets, linears)}"
+                f"target_modules={targets!r} (a regular expression) matches no linear layer{_wider(targets, linears)}"
             )
         return chosen
     unknown = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n, _ in linears)]
@@ -225,13 +225,27 @@ def _matching(linears: list[tuple[str, nn.Module]], targets: TargetModules) -> l
     return [(n, m) for n, m in linears if any(n == t or n.endswith(f".{t}") for t in targets)]
 
 
-def _close(target: str, linears: list[tuple[str, nn.Module]]) -> str:
+def _wider(pattern: str, linears: list[tuple[str, nn.Module]]) -> str:
+    """What to write in the place of a regular expression that fits a part of a name, or else close ones."""
+    name = next((n for n, _ in linears if re.search(pattern, n)), None)
+    if name is None:
+        return _close(pattern, linears, ".*")
+    must = f": it must match the full name, such as {name!r}"
+    if not re.fullmatch(r"[\w.]+", pattern):
+        return f"{must}; write it between '.*(' and ').*'"
+    full = next(w for w in (f".*{pattern}", f"{pattern}.*", f".*{pattern}.*") if re.fullmatch(w, name))
+    ending = any(n.endswith(f".{pattern}") for n, _ in linears)
+    return f"{must}; write {full!r}" + (f" or the tuple {(pattern,)!r}" if ending else "")
+
+
+def _close(target: str, linears: list[tuple[str, nn.Module]], before: str = "") -> str:
+    """before: what goes before each name, so that it can be typed as it stands"""
     endings = {".".join(n.split(".")[-depth:]) for n, _ in linears for depth in (1, 2, 99)}
     close = (
         difflib.get_close_matches(target, sorted(endings), n=3, cutoff=0.4)
         or sorted({n.split(".")[-1] for n, _ in linears})[:6]
     )
-    return f" (did you mean {', '.join(map(repr, close))}?)"
+    return f" (did you mean {', '.join(repr(before + name) for name in close)}?)"
 
 
 def _check_quantised(model: nn.Module, targets: TargetModules, allowed: Callable[[nn.Module], bool]) -> None:

@@ -4,9 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from models import Mlp, Partial, minilm, mlp_batch, review_batch
+from models import Mlp, Partial, gpt2, image_batch, minilm, mlp_batch, review_batch, t5, tokenizer, vit
+from models import token_batch as text_batch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import cobra
 from cobra import LayerScores
@@ -216,6 +218,36 @@ def test_poor_quadrature_is_reported():
     assert scores.completeness.path > 0.05
 
 
+def steep_tokens() -> nn.Module:
+    """Along the path its layer jumps between three points, from whatever baseline."""
+    model = Tokens()
+    model.up.weight.data *= 100
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "make_batch", "options", "remedy"),
+    [
+        (vit, image_batch, {}, "take more steps, or quadrature='lobatto'"),
+        (vit, image_batch, {"quadrature": "lobatto"}, "take more steps"),
+        (steep_tokens, partial(token_batch, [True] * 4), {"baseline": "mean"}, "take more steps, or quadrature='lobatto'"),
+        (
+            steep_tokens,
+            partial(token_batch, [True] * 4),
+            {"quadrature": "lobatto"},
+            "compare it with baseline='mean' where a model normalises its embeddings, which is singular at zero; "
+            "otherwise take more steps",
+        ),
+    ],
+    ids=["images", "images-lobatto", "tokens-mean", "tokens-lobatto"],
+)
+def test_advice_against_a_poor_quadrature_can_be_taken(build, make_batch, options, remedy):
+    """Images have no mean embedding, and what was asked for already is no advice."""
+    with pytest.warns(UserWarning, match="the path integral misses") as caught:
+        calibrate(build(), [make_batch()], **options)
+    assert str(caught[0].message).split("F(x0): ")[1] == remedy
+
+
 @pytest.mark.parametrize("baseline", ["zero", "mean", "pad", "tensor"])
 def test_baselines_end_the_path_where_they_say(model, baseline):
     """The change is F(x) - F(x0), with x0 the named embedding at every token."""
@@ -255,7 +287,9 @@ X, Y = torch.zeros(2, 6), torch.tensor([0, 1])
         ([X], TypeError, r"batch 0 is Tensor; expected a mapping of tensors or an \(inputs, labels\) pair"),
         ([(X, Y), "text"], TypeError, "batch 1 is str; expected a mapping"),
         ([(X, Y, Y)], TypeError, "batch 0 is tuple; expected a mapping"),
-        ([{"texts": ["fine", "dull"]}], ValueError, "batch 0 holds no tensors with a batch dimension"),
+        ([{"texts": ["fine", "dull"]}], ValueError, "batch 0 holds no tensors with a batch dimension; wrap .* collate_fn"),
+        ([(X[0], 1)], ValueError, "batch 0 looks like one example without a batch dimension; wrap the dataset in a DataLoader"),
+        ([(X, Y + 4)], ValueError, "label 4 is out of range: the model has 3 classes .*; correct the labels, which count from"),
         ([{"a": X, "b": X, "labels": Y}], ValueError, r"cannot tell the model's input among \['a', 'b', 'labels'\]"),
         ([(X.long(), Y)], ValueError, "input 0 is torch.int64 and Mlp has no input embeddings .* define get_input_embeddings"),
     ],
@@ -269,6 +303,8 @@ X, Y = torch.zeros(2, 6), torch.tensor([0, 1])
         "string",
         "triple",
         "texts",
+        "row",
+        "label",
         "two-inputs",
         "integers",
     ],
@@ -279,6 +315,79 @@ def test_bad_loader(loader, error, message):
         calibrate(Mlp(), loader)
 
 
+def rows_of(batch) -> list:
+    """A batch as the rows of a dataset."""
+    if isinstance(batch, tuple):
+        return list(zip(*batch, strict=True))
+    return [{key: tensor[i] for key, tensor in batch.items()} for i in range(len(batch["labels"]))]
+
+
+@pytest.mark.parametrize(
+    ("build", "make_batch"),
+    [(minilm, review_batch), (gpt2, text_batch), (t5, text_batch), (vit, image_batch), (Mlp, mlp_batch)],
+    ids=["minilm", "gpt2", "t5", "vit", "mlp"],
+)
+def test_rows_in_the_place_of_batches(build, make_batch):
+    """A dataset is not a loader: the model would break somewhere inside. In a DataLoader its rows are a batch."""
+    model, batch = build(), make_batch()
+    rows = rows_of(batch)
+    with pytest.raises(ValueError, match="batch 0 looks like one example without a batch dimension; wrap the dataset in a "):
+        calibrate(model, rows)
+    assert_equal(calibrate(model, DataLoader(rows, batch_size=len(rows))), calibrate(model, [batch]))
+
+
+def test_rows_without_a_label_in_the_place_of_batches(model):
+    """What is scored may be the caller's own; ids of one text are still no batch."""
+    rows = [{key: tensor for key, tensor in row.items() if key != "labels"} for row in rows_of(review_batch())]
+    own = {"target": lambda outputs, batch: outputs.logits[:, 0], "loss": lambda outputs, batch: outputs.logits.square().sum(1)}
+    with pytest.raises(ValueError, match="batch 0 looks like one example without a batch dimension"):
+        calibrate(model, rows, **own)
+
+
+def test_rows_of_lists_in_the_place_of_batches(model, site_scores):
+    """As tokenizers make them; the collate_fn that the message names pads them to the batch."""
+    from transformers import DataCollatorWithPadding
+
+    batch = review_batch()
+    rows = [
+        {key: tensor[mask.bool()].tolist() if tensor.ndim else tensor.item() for key, tensor in row.items()}
+        for row, mask in zip(rows_of(batch), batch["attention_mask"], strict=True)
+    ]
+    with pytest.raises(ValueError, match=r"batch 0 holds no tensors with a batch dimension; .* DataCollatorWithPadding"):
+        calibrate(model, rows)
+    loader = DataLoader(rows, batch_size=4, collate_fn=DataCollatorWithPadding(tokenizer()))
+    assert_equal(calibrate(model, loader), site_scores)
+
+
+def test_examples_of_one_token_are_no_row():
+    """A model of one's own may take ids (B,); only those of transformers never do."""
+    ids, labels = token_batch([True] * 5)
+    assert calibrate(Tokens(), [(ids[:, 1], labels[:, 1])]).settings["examples"] == 5
+
+
+@pytest.mark.parametrize("label", [5, -1])
+@pytest.mark.parametrize(("build", "make_batch"), [(minilm, review_batch), (vit, image_batch)], ids=["minilm", "vit"])
+def test_label_without_a_class(build, make_batch, label):
+    """Named before the model's own loss breaks over it; one beyond max_examples is not looked at, and -100 is masked."""
+    model = build()
+    loader = [make_batch() | {"labels": torch.tensor([1, 0, -100, label])}]
+    with pytest.raises(ValueError, match=rf"label {label} is out of range: the model has {model.num_labels} classes .and -100"):
+        calibrate(model, loader)
+    assert calibrate(model, loader, max_examples=2).settings["examples"] == 2
+
+
+def test_integer_labels_of_a_regression():
+    """With one output transformers fits numbers, which are no classes."""
+    batch = review_batch() | {"labels": torch.tensor([5, 0, -3, 1])}
+    scores = calibrate(
+        minilm(labels=1),
+        [batch],
+        target=lambda outputs, batch: outputs.logits[:, 0],
+        loss=lambda outputs, batch: (outputs.logits[:, 0] - batch["labels"]).square(),
+    )
+    assert scores.settings["examples"] == 4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -287,7 +396,8 @@ def test_bad_loader(loader, error, message):
         ({"granularity": "layer"}, "granularity='layer' is not one of site, block"),
         ({"steps": 0}, "steps=0: midpoint needs an integer of at least 1"),
         ({"max_examples": 0}, "max_examples=0: expected at least 1"),
-        ({"baseline": "mean"}, "baseline='mean' is not a tensor or one of zero for this model's input"),
+        ({"baseline": "mean"}, "baseline='mean' needs token embeddings; input 0 is torch.float32 and takes 'zero' or a tensor"),
+        ({"baseline": "men"}, "baseline='men' is not a tensor or one of zero, mean, pad"),
         ({"target_modules": ("upp",)}, r"'upp' \(did you mean 'up'"),
         ({"target": lambda o, b: o}, r"target must return one value per example, shape \(10,\); it returned \(10, 3\)"),
         ({"target": lambda o, b: o.sum()}, r"target must return one value per example, shape \(10,\); it returned \(\)"),

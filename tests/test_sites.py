@@ -119,6 +119,30 @@ def test_unknown_targets_name_close_ones(model, target, message):
         find_sites(model, target)
 
 
+QUERY = "it must match the full name, such as 'bert.encoder.layer.0.attention.self.query'"
+
+
+@pytest.mark.parametrize(
+    ("target", "message", "written"),
+    [
+        ("query", f"{QUERY}; write '.*query' or the tuple ('query',)", {".*query": 6, ("query",): 6}),
+        ("self.query", f"{QUERY}; write '.*self.query' or the tuple ('self.query',)", {".*self.query": 6, ("self.query",): 6}),
+        ("layer.0", f"{QUERY}; write '.*layer.0.*'", {".*layer.0.*": 6}),
+        ("bert", f"{QUERY}; write 'bert.*'", {"bert.*": 37}),
+        ("query|key", f"{QUERY}; write it between '.*(' and ').*'", {".*(query|key).*": 12}),
+        ("querry", "(did you mean '.*query', '.*self.query', '.*key'?)", {".*query": 6, ".*self.query": 6, ".*key": 6}),
+    ],
+    ids=["ending", "long-ending", "middle", "beginning", "either", "typo"],
+)
+def test_expressions_for_a_part_of_a_name(model, target, message, written):
+    """What the message says to write in their place finds layers as it stands."""
+    with pytest.raises(ValueError) as caught:
+        find_sites(model, target)
+    start = f"target_modules={target!r} (a regular expression) matches no linear layer"
+    assert str(caught.value).removeprefix(start).removeprefix(":").strip() == message
+    assert {fix: len(find_sites(model, fix)) for fix in written} == written
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
