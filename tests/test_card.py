@@ -167,6 +167,25 @@ def test_calibration(tmp_path):
     assert "`classifier`" in card
 
 
+def loading(**provenance) -> str:
+    head = {"classifier": {"weight": torch.ones(3, 6), "bias": torch.ones(3)}}
+    return model_card(lora({"up": 2}, heads=head, provenance=provenance), "compact").split("## Loading")[1]
+
+
+def test_class_it_was_trained_as():
+    """One that is not of transformers is imported, loaded with the adapter's labels, and warned of."""
+    own = loading(architecture="cobra.cli.encoder.MeanPoolClassifier")
+    assert "from cobra.cli.encoder import MeanPoolClassifier\n" in own
+    assert 'base = MeanPoolClassifier.from_pretrained("path/to/the/base/model", num_labels=3)' in own
+    assert "trained on `cobra.cli.encoder.MeanPoolClassifier`, which is no class of transformers" in own
+    plain = loading(architecture="BertForSequenceClassification")
+    assert (
+        "of the class that the adapter was trained on: BertForSequenceClassification\n" in plain and "no class of" not in plain
+    )
+    for strange in (None, 3, "a.b; import os", "a\nimport os"):
+        assert loading(architecture=strange) == loading()
+
+
 def test_nothing_is_invented():
     """An adapter of another program has no plan, no budget and no calibration."""
     card = model_card(lora({"up": 2}), "compact")

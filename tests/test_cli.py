@@ -27,6 +27,12 @@ def scores(tmp_path_factory):
 pytestmark = pytest.mark.filterwarnings("ignore:the path integral misses")
 
 
+def test_version():
+    result = run(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"cobra-peft {cobra.__version__}\n")
+    assert "Decides where an adapter's rank belongs" in run(app, ["--help"]).output
+
+
 def test_plan(scores, tmp_path):
     """A table for people; the file is a plan that an adapter applies."""
     result = run(app, ["plan", str(scores), "--budget", "24", "--r-max", "8", "--out", str(tmp_path / "plan.json")])

@@ -15,7 +15,8 @@ from cobra.cli.app import app
 from cobra.cli.training.folder import RESULT
 
 PAGE = (Path(cobra.__file__).parents[1] / "docs" / "command-line.md").read_text(encoding="utf-8")
-QUICK = "--steps 3 --batch-size 4 --calibration-steps 2 --calibration-examples 4 --no-report --device cpu"
+QUICK = "--steps 3 --batch-size 4 --no-report --device cpu"
+CALIBRATION = "--calibration-steps 2 --calibration-examples 4"
 
 
 def blocks(language: str) -> list[str]:
@@ -43,7 +44,7 @@ def test_command_lines(tmp_path, monkeypatch):
     for line in lines:
         _, command, *words = shlex.split(line.replace("minilm", "critic").replace("--budget 288", "--budget 60"))
         if command == "train" and "--resume" not in words:
-            words += shlex.split(QUICK)
+            words += shlex.split(QUICK if "--scores" in words else f"{QUICK} {CALIBRATION}")
         result = CliRunner().invoke(app, [command, *words])
         assert result.exit_code == 0, f"{line}\n{result.output}"
     results = [json.loads((tmp_path / "runs" / name / RESULT).read_bytes()) for name in ("first", "sft", "second", "third")]

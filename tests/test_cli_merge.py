@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from test_lora import trained
 from test_storage import content, ended, limit_file_size
 from typer.testing import CliRunner
 
+import cobra
 from cobra.cli.app import app
+from cobra.cli.base import class_name, load_base, with_class
+from cobra.cli.encoder import MeanPoolClassifier, load_encoder
 from cobra.cli.merge import merge_folders
 
 run = CliRunner().invoke
@@ -64,6 +68,67 @@ def test_no_head_is_made_up(tmp_path):
     options = ("--out", tmp_path / "m", "--architecture", "BertForSequenceClassification")
     refused(merge(minilm_folder(), tmp_path / "adapter", *options), "has no classifier.bias", "no adapter brings it")
     assert not (tmp_path / "m").exists()
+
+
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory):
+    """Adapters on the class of `cobra train --model minilm`, with and without that on record, and what it answers."""
+    folder = tmp_path_factory.mktemp("pooled")
+    model = load_encoder(labels=3)[0]
+    with torch.no_grad():
+        model.classifier.weight.normal_()
+    adapter = cobra.attach(model, cobra.CobraConfig(20, r_max=2, gate="mean"))
+    stir(adapter)
+    adapter.apply(adapter.extract())
+    adapter.save_pretrained(folder / "unknown")
+    with_class(adapter.to_lora(), class_name(type(model))).save_pretrained(folder / "recorded")
+    return folder, logits_of(model.eval(), review_batch())
+
+
+def test_the_class_on_record_is_the_one_that_is_merged(pooled, tmp_path):
+    """By the model's name and by its folder, whatever class its config.json names; the result loads as no other one."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder, expected = pooled
+    calls = (("minilm",), (minilm_folder(),), (minilm_folder(), "--architecture", "MeanPoolClassifier"))
+    for number, (base, *options) in enumerate(calls):
+        result = merge(base, folder / "recorded", "--out", tmp_path / str(number), *options)
+        assert result.exit_code == 0 and result.stderr == "", result.output
+        found = MeanPoolClassifier.from_pretrained(tmp_path / str(number)).eval()
+        torch.testing.assert_close(logits_of(found, review_batch()), expected, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="bert-mean-pool"):
+            AutoModelForSequenceClassification.from_pretrained(tmp_path / str(number))
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "0")("a fine film")
+    assert tokens["input_ids"] == AutoTokenizer.from_pretrained(minilm_folder())("a fine film")["input_ids"]
+
+
+def test_another_class_than_that_on_record_is_refused(pooled, tmp_path):
+    folder, _ = pooled
+    out = ("--out", tmp_path / "m")
+    for architecture in ("BertForSequenceClassification", "AutoModelForSequenceClassification"):
+        result = merge(minilm_folder(), folder / "recorded", *out, "--architecture", architecture)
+        refused(result, "was trained as cobra.cli.encoder.MeanPoolClassifier, and the base was loaded as BertFor")
+    with_class(cobra.load_adapter(folder / "recorded"), "mine.Classifier").save_pretrained(tmp_path / "foreign")
+    refused(merge("minilm", tmp_path / "foreign", *out), "mine.Classifier is no class of transformers", "in Python")
+    wrong = merge(minilm_folder(), folder / "unknown", *out, "--architecture", "Nothing")
+    refused(wrong, "Nothing is no class of transformers", "nor MeanPoolClassifier")
+    assert "config.json" not in wrong.stderr and not (tmp_path / "m").exists()
+
+
+def test_a_class_that_no_adapter_confirms_is_named(pooled, tmp_path):
+    folder, _ = pooled
+    result = merge("minilm", folder / "unknown", "--out", tmp_path / "m")
+    assert result.exit_code == 0, result.output
+    assert "unknown does not say which class it was trained as: right only if that was cobra.cli.encoder." in result.stderr
+
+
+@pytest.mark.slow
+def test_smollm2_as_the_class_on_record():
+    """From its GGUF file, with the head that the adapter brings."""
+    head = {"score.weight": torch.ones(3, 576)}
+    model = load_base(Path("smollm2"), "LlamaForSequenceClassification", head)
+    assert class_name(type(model)) == "LlamaForSequenceClassification" and model.score.out_features == 3
+    assert class_name(type(load_base(Path("smollm2"), None, {}))) == "LlamaForCausalLM"
 
 
 def changed(base, folder, **settings):

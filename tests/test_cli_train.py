@@ -3,6 +3,8 @@
 import gc
 import json
 import os
+import re
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,7 @@ import safetensors.torch
 import torch
 import transformers
 import yaml
-from models import tokenizer
+from models import minilm_folder, tokenizer
 from pyarrow import parquet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_cli_diagnose import ROWS, model_folder, written
@@ -24,13 +26,15 @@ from typer.testing import CliRunner
 import cobra
 from cobra import storage
 from cobra.cli.app import app
+from cobra.cli.encoder import MeanPoolClassifier
 from cobra.cli.training.folder import RunFolder
 from cobra.integrations.transformers import CHECKPOINT
 from cobra.report.run import FILES, Run
 
 pytestmark = pytest.mark.filterwarnings("ignore:the path integral misses")
 
-QUICK = ("--steps", 10, "--batch-size", 4, "--calibration-steps", 4, "--calibration-examples", 4, "--no-report")
+BRIEF = ("--steps", 10, "--batch-size", 4, "--no-report")
+QUICK = (*BRIEF, "--calibration-steps", 4, "--calibration-examples", 4)
 ODD = ("--set", "dropout=0.1", "--weight-decay", 0.1, "--accumulation", 2, "--warmup-steps", 2)
 EVERY = ("--save-every", 3, "--log-every", 1)
 
@@ -165,13 +169,75 @@ def test_lora(folders, texts, tmp_path):
 def test_singular_basis(folders, texts, tmp_path):
     """Nothing is calibrated, and the plan says what it went by."""
     out = tmp_path / "r"
-    options = [option for option in QUICK if option != "--no-report"]
+    options = [option for option in BRIEF if option != "--no-report"]
     found = done(
         "--model", folders["classifier"], "--data", texts, "--budget", 20, "--preset", "singular", *options, "--out", out
     )
     assert found["ranks"] == 20 and found["path residual"] is None and not (out / "scores.safetensors").exists()
     assert json.loads((out / "plan.json").read_bytes())["provenance"]["source"] == "singular"
     assert (out / "report" / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("preset", "given", "r_max", "cut"),
+    [
+        ("singular", (), 13, 4),  # 8 times 20 / 13
+        ("singular", ("--r-max", 5, "--search-share", 0.5), 5, 5),
+        ("paper", ("--calibration-steps", 2, "--calibration-examples", 4), 16, 10),
+    ],
+)
+def test_presets_bring_their_width_and_their_cut(folders, texts, tmp_path, preset, given, r_max, cut):
+    """As measured, or as published; what is given holds."""
+    out = tmp_path / "r"
+    data = ("--model", folders["classifier"], "--data", texts, "--budget", 20)
+    found = done(*data, *BRIEF, "--preset", preset, *given, "--log-every", 1, "--out", out)
+    assert json.loads((out / "run.json").read_bytes())["config"]["r_max"] == r_max
+    assert [row["phase"] for row in RunFolder(out).history()] == ["search"] * cut + ["cut"] * (10 - cut)
+    assert found["ranks"] == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((10, "--unit", "parameters"), "budget=10 parameters: the cheapest rank costs 32; raise it to at least 32"),
+        ((0,), "budget=0 ranks: the cheapest rank costs 1; raise it to at least 1"),
+        ((1, "--multiple", 2, "--tied", "qkv"), "budget=1 ranks: the fewest ranks that multiple and tied allow cost 2"),
+        ((0, "--method", "lora"), "budget=0 ranks: one rank in each of 13 layers takes 13"),
+    ],
+)
+def test_a_budget_below_the_cheapest_rank(folders, texts, tmp_path, options, message):
+    """Refused before any work, with nothing left behind."""
+    base = ("--model", folders["classifier"], "--data", texts, *BRIEF)
+    result = run(*base, "--budget", *options, "--out", tmp_path / "r")
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.output
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_class_that_transformers_does_not_know(texts, tmp_path):
+    """MiniLM with mean pooling: said at the end, in the card and in the folders, which the Auto classes refuse."""
+    out = tmp_path / "r"
+    result = run("--model", "minilm", "--data", texts, "--budget", 40, *QUICK, "--lr", 0.01, "--merge", "--json", "--out", out)
+    assert result.exit_code == 0, result.output
+    name = "cobra.cli.encoder.MeanPoolClassifier"
+    assert result.stderr.splitlines()[-1].startswith(f"note: adapter/ and merged/ load with {name} alone")
+    assert json.loads(result.stdout)["architecture"] == name
+    for folder, error in (("merged", ValueError), ("adapter", OSError)):
+        with pytest.raises(error):
+            transformers.AutoModelForSequenceClassification.from_pretrained(out / folder)
+
+    code = re.search(
+        "## Loading.*?```python\n(.*?)```", (out / "adapter" / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )[1]
+    code = code.replace("path/to/the/base/model", str(minilm_folder())).replace("path/to/this/folder", str(out / "adapter"))
+    found: dict = {}
+    exec(code, found)
+    merged = MeanPoolClassifier.from_pretrained(out / "merged")
+    sentences = [text for text, _ in ROWS]
+    torch.testing.assert_close(logits_of(found["model"], sentences), logits_of(merged, sentences))
+
+    words = ["export", out / "checkpoints" / "checkpoint-10", "--base", minilm_folder(), "--out", tmp_path / "a"]
+    assert CliRunner().invoke(app, list(map(str, words))).exit_code == 0
+    assert cobra.load_adapter(tmp_path / "a").provenance["architecture"] == name
 
 
 # what ends a run
@@ -191,10 +257,11 @@ def whole(folders, texts, tmp_path_factory):
     return out
 
 
-def test_scores_of_cobra_calibrate(base, whole, folders, texts, tmp_path):
+def test_scores_of_cobra_calibrate(whole, folders, texts, tmp_path):
     """The very same scores make the very same run; those of another model are refused before anything is written."""
     scores = ("--scores", whole / "scores.safetensors")
-    done(*base, *scores, "--out", tmp_path / "r")
+    data = ("--model", folders["classifier"], "--data", texts, "--budget", 20)
+    done(*data, *BRIEF, *ODD, *EVERY, *scores, "--out", tmp_path / "r")
     assert same(tmp_path / "r", whole)
     result = run("--model", folders["lm"], "--data", texts, "--task", "classification", *scores, "--out", tmp_path / "c")
     assert result.exit_code == 2 and "scores" in result.stderr and not (tmp_path / "c").exists()
@@ -320,6 +387,30 @@ def test_a_line_half_written(base, whole, tmp_path):
     done("--resume", "--out", out)
     assert same(out, whole)
     assert Run.load(out).notes == () and (out / "gates.jsonl").read_bytes() == (whole / "gates.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: bytes(len(data))], ids=["cut short", "zeros"])
+def test_a_damaged_checkpoint(base, whole, tmp_path, damage):
+    """The one before it is taken, and the run ends with the same bits; where there is no other, nothing is touched."""
+    out = tmp_path / "r"
+    assert child(partial(kill_at, "replace", 9), *base, "--out", out) == -signal.SIGKILL
+    older, newer = (folder / CHECKPOINT for folder in RunFolder(out).complete())
+    newer.write_bytes(damage(newer.read_bytes()))
+    shutil.copytree(out, tmp_path / "s")
+    result = run("--resume", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert f"warning: {newer} is damaged: going on from step 3" in result.stderr
+    assert same(out, whole)
+
+    older, newer = (tmp_path / "s" / path.relative_to(out) for path in (older, newer))
+    out = tmp_path / "s"
+    older.write_bytes(b"")
+    result = run("--resume", "--out", out)
+    assert result.exit_code == 2 and older.exists() and newer.exists()
+    assert f"{older} is damaged, and no other checkpoint is whole: put back a copy, or delete" in result.stderr
+    shutil.rmtree(out / "checkpoints")
+    done("--resume", "--out", out)
+    assert same(out, whole)
 
 
 def test_full_disk(base, whole, tmp_path):

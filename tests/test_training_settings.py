@@ -100,7 +100,17 @@ def test_numbers_of_yaml(tmp_path):
         ("cobra: 3", "cobra: expected a mapping, found 3"),
         ("cobra: {bete: 3}", "CobraConfig has no field 'bete'; did you mean 'beta'?"),
         ("cobra: {seed: 3}", "cobra: seed: this one has a setting of its own"),
-        ("cobra: {beta: [1]}", "a value is of the wrong type"),
+        ("cobra: {beta: [1]}", "cobra: beta: expected a number, found [1]"),
+        ("cobra: {beta: foo}", "cobra: beta: expected a number, found 'foo'"),
+        ("cobra: {temperature: [1, x]}", "cobra: temperature: expected two numbers, found [1, 'x']"),
+        ("cobra: {share_inputs: 1}", "cobra: share_inputs: expected true or false, found 1"),
+        ("cobra: {target_modules: 3}", "cobra: target_modules: expected a text or a list of texts, found 3"),
+        (
+            "{scores: s.safetensors, baseline: mean}",
+            "baseline='mean' changes nothing, as the scores are measured already: leave",
+        ),
+        ("{preset: singular, calibration_steps: 9}", "calibration_steps=9 changes nothing, as nothing is calibrated"),
+        ("{cobra: {gate: open, basis: singular, init: uniform}, estimator: direct}", "estimator='direct' changes nothing"),
         ("cobra: {fusion: best}", "fusion='best' is not one of"),
         ("- lr", "expected a mapping of settings"),
         ("lr: [", "c.yaml: not a YAML file"),
@@ -171,11 +181,33 @@ def test_resuming_with_other_settings(tmp_path):
         settle({"out": out}, written(tmp_path / "other.yaml", steps=10), resume=True)
 
 
+def test_settings_of_a_calibration_that_is_not_made(tmp_path):
+    """As options they are refused at any value; a file that a run wrote has all of them, at their defaults."""
+    out = {"out": str(tmp_path / "r")}
+    with pytest.raises(ValueError, match="baseline='zero' changes nothing, as the scores are measured already: leave baseline"):
+        settle({**BASE, **out, "scores": "s.safetensors", "baseline": "zero"}, None, resume=False)
+    settings = TrainSettings(**BASE, scores="s.safetensors")
+    write_config(tmp_path / "c.yaml", settings)
+    assert settle(out, tmp_path / "c.yaml", resume=False).scores == "s.safetensors"
+    assert settle({**BASE, **out, "preset": "paper", "baseline": "mean"}, None, resume=False).baseline == "mean"
+
+
+def test_presets_bring_their_length_of_the_search():
+    """The published form is cut at the end; what is said holds, and so does what an older run's file says."""
+    shares = {preset: TrainSettings(**BASE, preset=preset).share_of_search for preset in (None, *PRESETS)}
+    assert shares == {None: 0.6, "paper": 1.0, "singular": 0.4}
+    assert TrainSettings(**BASE, preset="paper", search_share=0.6).share_of_search == 0.6
+
+
 def test_configuration_of_the_adapter():
     """Settings reach CobraConfig; the published form is a preset; lora has open gates."""
     settings = TrainSettings(**BASE, r_max=4, seed=3, cobra={"beta": 0.5})
     config = settings.config(6, total_steps=5)
     assert config == CobraConfig(6, r_max=4, seed=3, beta=0.5, total_steps=5)
+    several = TrainSettings(**BASE, cobra={"target_modules": ["query", "value"], "temperature": [2, 0.5], "alpha": None})
+    assert several.config(6, total_steps=5) == CobraConfig(
+        6, target_modules=("query", "value"), temperature=(2.0, 0.5), total_steps=5
+    )
     for preset in PRESETS:
         assert TrainSettings(**BASE, preset=preset).config(6, total_steps=5) == CobraConfig.preset(preset, 6, total_steps=5)
     assert TrainSettings(**BASE, method="lora").config(6).gate == "open"

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+import cobra
 from cobra.cli.calibrate import calibrate
 from cobra.cli.plan import plan
 from cobra.cli.shell import explained, warnings_told
@@ -20,6 +21,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Decides where an adapter's rank belongs, trains it, and merges it away.",
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"cobra-peft {cobra.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Says the version and ends.", is_eager=True, callback=_say_version)
+    ] = False,
+) -> None: ...
+
 
 app.command()(calibrate)
 app.command()(plan)
@@ -77,7 +93,7 @@ def check(
 
 @app.command()
 def merge(
-    base: Annotated[Path, typer.Argument(help="A transformers model folder.")],
+    base: Annotated[Path, typer.Argument(help="A transformers model folder, minilm or smollm2.")],
     adapter: Annotated[list[Path], typer.Argument(help="One adapter folder or more.")],
     out: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist.")],
     weight: Annotated[list[float] | None, typer.Option(help="Of each adapter, in their order; 1 by default.")] = None,
@@ -85,11 +101,11 @@ def merge(
         float | None, typer.Option(help="Largest share of an update that rounding may lose, else an error.")
     ] = None,
     architecture: Annotated[
-        str | None, typer.Option(help="Class of transformers to load the base as; config.json's by default.")
+        str | None, typer.Option(help="Class to load the base as; by default the adapter's on record, else config.json's.")
     ] = None,
 ) -> None:
     """Adapters folded into a base model's weights, all of them at once, and saved as a plain model."""
-    with explained():
+    with explained(), warnings_told():
         from cobra.cli.merge import merge_folders
 
         typer.echo(merge_folders(base, adapter, weight or [1.0] * len(adapter), out, tolerance, architecture).table())
@@ -119,7 +135,7 @@ def export(
         ),
     ] = None,
     architecture: Annotated[
-        str | None, typer.Option(help="Class of transformers to load the base as; config.json's by default.")
+        str | None, typer.Option(help="Class to load the base as; by default the adapter's on record, else config.json's.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 import cobra
 from cobra import storage
+from cobra.cli.base import class_name, with_class
 from cobra.cli.encoder import MeanPoolClassifier, fit_head, load_encoder
 from cobra.cli.reviews import Batches, load_reviews, make_batches
 from cobra.cli.training.evaluation import evaluate_outputs
@@ -135,7 +136,7 @@ def _run_cobra(model: MeanPoolClassifier, data: Data, settings: DemoSettings, se
     storage.write_json(out / "eval.json", evaluate_outputs([(unmerged, labels)], "classification").to_dict())
     parameters = adapter.trainable_parameters()
     with seconds.of("merge, evaluate"):
-        adapter.save_pretrained(out / "adapter")
+        with_class(adapter.to_lora(), class_name(type(model))).save_pretrained(out / "adapter")
         merge_report = adapter.merge()
         storage.write_json(out / "merge.json", asdict(merge_report))
         merged_accuracy, merged = _evaluate(model, data.test, "COBRA, merged")

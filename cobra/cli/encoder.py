@@ -8,12 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, BertModel, BertPreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BertConfig, BertModel, BertPreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 
+class MeanPoolConfig(BertConfig):
+    """BERT's, under a type of its own: else transformers' Auto classes load the weights into another head without a word."""
+
+    model_type = "bert-mean-pool"
+
+
 class MeanPoolClassifier(BertPreTrainedModel):
-    """BERT encoder, mean over the tokens of the mask, linear head."""
+    """BERT encoder, mean over the tokens of the mask, linear head. transformers does not know it: load it as this class."""
+
+    config_class = MeanPoolConfig
 
     def __init__(self, config):
         super().__init__(config)

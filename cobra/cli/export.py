@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers import PreTrainedConfig
 
 import cobra
 from cobra import checkpoint, storage
 from cobra.budget import Budget
-from cobra.cli.encoder import load_encoder
-from cobra.cli.merge import head_tensors, label_count, load_base
-from cobra.cli.subject import NAMED_MODELS, find_model
+from cobra.cli.base import class_name, find_class, head_tensors, load_base, recorded_class, with_class
 from cobra.export.card import model_card
 from cobra.export.check import ENGINES, AdapterCheck, check_adapter
 from cobra.export.folder import CONFIG
@@ -41,7 +40,8 @@ def export_adapter(
     engines: that must load it; none of them given, all are asked and none must
     base: the model's folder, minilm or smollm2. A checkpoint needs it; to an adapter of COBRA it gives back the layers of rank
         0, as zeros
-    architecture: a class of transformers for the base; by default the one in its config.json
+    architecture: a class for the base, of transformers or MeanPoolClassifier; by default the one that the source says it was
+        trained as, else the one in the base's config.json
 
     Raises FileNotFoundError, ValueError for an output that exists, an engine that would not load it and a base that does not
     fit, and what loading raises.
@@ -57,7 +57,7 @@ def export_adapter(
         adapter = _in_planned_order(cobra.load_adapter(source), {})
         card = _card_of(source, adapter)
         if base is not None:
-            adapter = _with_zeros(adapter, _load(base, architecture, head_tensors(adapter)))
+            adapter = _with_zeros(adapter, load_base(base, architecture or recorded_class(adapter), head_tensors(adapter)))
     with storage.new_folder(out) as fresh:
         adapter.save_pretrained(fresh, layout)
         if card is not None:
@@ -84,15 +84,6 @@ def _checkpoint_in(source: Path) -> Path | None:
     return source / CHECKPOINT if (source / CHECKPOINT).is_file() and not (source / CONFIG).is_file() else None
 
 
-def _load(base: Path, architecture: str | None, heads: Mapping[str, Tensor]) -> nn.Module:
-    """A folder's model, or a named one as `cobra train` has it: minilm with a head for as many labels as the adapter has."""
-    if str(base) not in NAMED_MODELS or base.exists():
-        return load_base(base, architecture, heads)
-    if str(base) == "minilm":
-        return load_encoder(label_count(heads) or 2)[0]
-    return find_model(str(base)).load(seed=0)
-
-
 # training checkpoints
 
 
@@ -101,8 +92,9 @@ def _from_checkpoint(path: Path, base: Path, architecture: str | None) -> LoraAd
     storage.expect(path, meta, {"config": lambda v: isinstance(v, dict), "plan": lambda v: v is None or isinstance(v, dict)})
     trained = {name.removeprefix("adapter."): tensor for name, tensor in tensors.items() if name.startswith("adapter.")}
     heads = {name: tensor for name, tensor in trained.items() if not name.endswith((".lora_A", ".lora_B", ".lora_gate"))}
-    config, sites = _config(path, meta["config"]), _sites(trained, meta["plan"])
-    adapter = cobra.attach(_load(base, architecture, heads), dataclasses.replace(config, target_modules=sites, init="uniform"))
+    config, sites, recorded = _config(path, meta["config"]), _sites(trained, meta["plan"]), _class_beside(path)
+    model = load_base(base, architecture or recorded, heads)
+    adapter = cobra.attach(model, dataclasses.replace(config, target_modules=sites, init="uniform"))
     adapter.config = config
     adapter.load_checkpoint(path)
     if adapter.plan is None:
@@ -110,7 +102,16 @@ def _from_checkpoint(path: Path, base: Path, architecture: str | None) -> LoraAd
         warnings.warn(
             f"{path}: the search was still going on, at step {meta['step']}: cut to its budget as it was", stacklevel=3
         )
-    return adapter.to_lora()
+    return adapter.to_lora() if recorded is None else with_class(adapter.to_lora(), recorded)
+
+
+def _class_beside(path: Path) -> str | None:
+    """The class in the config.json that training wrote beside a checkpoint, in the words of `class_name`."""
+    if path.name != CHECKPOINT or not path.with_name("config.json").is_file():
+        return None
+    names = PreTrainedConfig.get_config_dict(path.parent, local_files_only=True)[0].get("architectures") or [None]
+    found = names[0] and find_class(names[0])
+    return class_name(found) if found else names[0]
 
 
 def _config(path: Path, values: dict) -> cobra.CobraConfig:

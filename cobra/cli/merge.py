@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 import cobra
 from cobra import storage
+from cobra.cli.base import class_name, head_tensors, is_named, load_base, recorded_class
+from cobra.cli.subject import find_model
 
 # what stands beside a model's weights and is not written by its save_pretrained
 BESIDE = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*tokens*.json", "chat_template*", "*processor_config.json")
@@ -26,18 +28,23 @@ def merge_folders(
 ) -> cobra.MergeReport:
     """Writes the merged model and its tokenizer, whole or not at all.
 
-    architecture: a class of transformers; by default the one in the base's config.json
+    base: the model's folder, minilm or smollm2
+    architecture: a class, of transformers or MeanPoolClassifier; by default the one that the adapters say they were trained as,
+        else the one in the base's config.json
 
-    Raises FileNotFoundError, ValueError for a base or an output folder that does not fit, OSError where the output cannot be
-    written, and what loading and merging raise.
+    Raises FileNotFoundError, ValueError for a base or an output folder that does not fit and adapters of another class, OSError
+    where the output cannot be written, and what loading and merging raise. Warns of a class that no adapter confirms.
     """
     if len(weights) != len(adapters):
         raise ValueError(f"{len(weights)} weights for {len(adapters)} adapters; give one for each")
     if out.exists():
         raise ValueError(f"{out} exists; name a new folder")
-    parts = [(cobra.load_adapter(folder), weight) for folder, weight in zip(adapters, weights, strict=True)]
-    combined = cobra.combine(parts)
-    model = load_base(base, architecture, head_tensors(combined))
+    loaded = [cobra.load_adapter(folder) for folder in adapters]
+    classes = dict(zip(adapters, map(recorded_class, loaded), strict=True))
+    combined = cobra.combine(list(zip(loaded, weights, strict=True)))
+    wanted = architecture or next(filter(None, classes.values()), None)
+    model = load_base(base, wanted, head_tensors(combined))
+    _check_class(classes, model, chosen=architecture is not None or is_named(base))
     try:
         adapter = combined.attach(model)
     except ValueError as error:
@@ -48,63 +55,27 @@ def merge_folders(
     report = adapter.merge(tolerance=tolerance, reversible=tolerance is not None)
     with storage.new_folder(out) as fresh:
         model.save_pretrained(fresh)
-        for path in sorted({path for pattern in BESIDE for path in base.glob(pattern) if path.is_file()}):
-            if not (fresh / path.name).exists():
-                shutil.copyfile(path, fresh / path.name)
+        _copy_tokenizer(base, fresh)
     return report
 
 
-def head_tensors(adapter: cobra.LoraAdapter) -> dict[str, Tensor]:
-    """By the full name of the parameter."""
-    return {f"{name}.{key}": value for name, head in adapter.heads.items() for key, value in head.items()}
+def _check_class(classes: Mapping[Path, str | None], model: nn.Module, chosen: bool) -> None:
+    """chosen: whether the class is another than config.json's by somebody's word"""
+    built = class_name(type(model))
+    for folder, recorded in classes.items():
+        if recorded not in (None, built):
+            raise ValueError(
+                f"{folder} was trained as {recorded}, and the base was loaded as {built}, in which its outputs are others: "
+                f"leave --architecture out, and merge adapters of one class"
+            )
+        if recorded is None and chosen:
+            warnings.warn(f"{folder} does not say which class it was trained as: right only if that was {built}", stacklevel=3)
 
 
-def label_count(heads: Mapping[str, Tensor]) -> int | None:
-    """Outputs of a classification head: the fewest rows of its tensors."""
-    return min((tensor.shape[0] for tensor in heads.values() if tensor.ndim), default=None)
-
-
-def load_base(base: Path, architecture: str | None, heads: Mapping[str, Tensor]) -> nn.Module:
-    """The model of a transformers folder as the class asked for or as its own, in the dtype it was saved in.
-
-    heads: parameters that come with an adapter, which the base may lack; a class that is asked for gets as many labels
-
-    Raises FileNotFoundError, and ValueError for quantised bases, unknown classes, and weights that nobody has.
-    """
-    import transformers
-
-    path = base / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a transformers model folder")
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: expected a model's configuration (JSON), found a truncated or foreign file: {error}"
-        ) from error
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unknown method")
-        raise ValueError(
-            f"{path}: the base is quantised ({method}), and a sum cannot be rounded back into it: merge into the model it was "
-            "made from, or load it, model.dequantize(), save_pretrained, and merge into that"
-        )
-    names = [architecture] if architecture else config.get("architectures") or []
-    found = getattr(transformers, names[0], None) if names else None
-    if not hasattr(found, "from_pretrained"):
-        raise ValueError(
-            f"{path}: architectures is {names}, and transformers {transformers.__version__} has no such class; name one with "
-            "--architecture"
-        )
-    transformers.utils.logging.disable_progress_bar()
-    labels = label_count(heads) if architecture else None
-    options = {} if labels is None else {"num_labels": labels}
-    try:
-        model, info = found.from_pretrained(base, dtype="auto", output_loading_info=True, **options)
-    except RuntimeError as error:
-        raise ValueError(f"{base}: the weights are not those of {path.name}: {error}") from error
-    random = sorted(set(info["missing_keys"]) - heads.keys())
-    if random:
-        raise ValueError(
-            f"{base}: has no {random[0]}, which {names[0]} needs, and no adapter brings it ({len(random)} are missing)"
-        )
-    return model
+def _copy_tokenizer(base: Path, out: Path) -> None:
+    if is_named(base):
+        find_model(str(base)).tokenizer().save_pretrained(out)
+        return
+    for path in sorted({path for pattern in BESIDE for path in base.glob(pattern) if path.is_file()}):
+        if not (out / path.name).exists():
+            shutil.copyfile(path, out / path.name)

@@ -16,6 +16,7 @@ from cobra.export.folder import Checkpoint, Shapes
 from cobra.lora import LoraAdapter
 
 MOST_PRIORS = 12
+_CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 
 
@@ -148,16 +149,33 @@ def _calibration(adapter: LoraAdapter) -> str:
 
 def _loading(adapter: LoraAdapter) -> str:
     base = adapter.base_model if _on_hub(adapter.base_model) else "the base model"
+    module, _, name = _architecture(adapter).rpartition(".")
+    imported, made = "", f"...  # {base}, of the class that the adapter was trained on{name and f': {name}'}"
+    warning = ""
+    if module:
+        labels = min((tensor.shape[0] for head in adapter.heads.values() for tensor in head.values() if tensor.ndim), default=2)
+        imported = f"from {module} import {name}\n"
+        made = f'{name}.from_pretrained("path/to/the/base/model", num_labels={labels})'
+        warning = (
+            f"\n\nIt was trained on `{module}.{name}`, which is no class of transformers. The Auto classes make another model "
+            "of the same base, and the adapter loads into it without a word and with wrong outputs."
+        )
     return f"""## Loading
 
 ```python
-from peft import PeftModel
+{imported}from peft import PeftModel
 
-base = ...  # {base}, of the class that the adapter was trained on
+base = {made}
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
-A transformers model also takes it directly: `base.load_adapter("path/to/this/folder")`."""
+A transformers model also takes it directly: `base.load_adapter("path/to/this/folder")`.{warning}"""
+
+
+def _architecture(adapter: LoraAdapter) -> str:
+    """The class it was trained as, of transformers or with its module; "" where that is not known, or no name."""
+    found = adapter.provenance.get("architecture")
+    return found if isinstance(found, str) and _CLASS.fullmatch(found) else ""
 
 
 def _serving(adapter: LoraAdapter, layout: str) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
+
 import cobra
 from cobra import Budget
+from cobra.budget import allocate
 from cobra.cli.training.prepare import Subject
 from cobra.cli.training.settings import AVERAGE_RANK, TrainSettings
 from cobra.plan import rank_cost
@@ -14,8 +17,8 @@ from cobra.sites import block_of, find_sites
 
 
 def adapter_config(settings: TrainSettings, subject: Subject) -> cobra.CobraConfig:
-    """The adapter's, with the whole budget; raises ValueError where it does not reach for one rank a layer of plain LoRA."""
-    search = max(1, round(settings.search_share * number_of_steps(settings, subject)))
+    """The adapter's, with the whole budget; raises ValueError where it does not reach for a rank, of plain LoRA one a layer."""
+    search = max(1, round(settings.share_of_search * number_of_steps(settings, subject)))
     plain = settings.config(0, total_steps=search)
     shapes: dict[str, list[tuple[int, int]]] = {}
     for site in find_sites(subject.model, plain.target_modules):
@@ -25,12 +28,30 @@ def adapter_config(settings: TrainSettings, subject: Subject) -> cobra.CobraConf
     amount = AVERAGE_RANK * sum(costs) if settings.budget is None else settings.budget
     if settings.method == "cobra":
         budget = Budget(amount, settings.unit, multiple=settings.multiple, tied=settings.tied)
-        return replace(plain, rank_budget=budget).resolved(amount / sum(costs))
+        _check_reaches(budget, list(shapes), costs)
+        average = amount / sum(costs)
+        wide = {"r_max": _wide(average, settings.multiple)} if (settings.preset, settings.r_max) == ("singular", None) else {}
+        return replace(plain, rank_budget=budget, **wide).resolved(average)
     rank = amount // sum(costs)
     if rank < 1:
         raise ValueError(f"budget={amount} {settings.unit}: one rank in each of {len(costs)} layers takes {sum(costs)}")
     ranks = sum(min(rank, *(min(shape) for shape in group)) for group in shapes.values())
     return replace(plain, rank_budget=ranks, r_max=rank)
+
+
+def _check_reaches(budget: Budget, groups: list[str], costs: list[int]) -> None:
+    """groups, costs: of one rank in each"""
+    ones = [np.ones(budget.multiple)] * len(groups)
+    least = allocate(groups, ones, costs, replace(budget, amount=0)).step
+    if budget.amount < least:
+        plain = budget.multiple == 1 and not budget.tied
+        what = "the cheapest rank costs" if plain else "the fewest ranks that multiple and tied allow cost"
+        raise ValueError(f"budget={budget.amount} {budget.unit}: {what} {least}; raise it to at least {least}")
+
+
+def _wide(average: float, multiple: int) -> int:
+    """Ranks of a layer before the cut in the singular basis, as measured: 8 times the average, or the 4 of budgets below it."""
+    return min(1024, max(4, multiple, math.ceil(8 * average)))
 
 
 def number_of_steps(settings: TrainSettings, subject: Subject) -> int:

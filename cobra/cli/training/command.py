@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cobra.cli.shell import explained, warnings_told
+from cobra.cli.shell import explained, note, warnings_told
 from cobra.cli.training.options import with_options
 from cobra.cli.training.settings import TrainSettings
 
@@ -49,12 +49,14 @@ def train(
             there = (Path(settings.out) / "config.yaml").is_file()
             typer.echo(f"{end}: {saved}; to go on: {go_on}" if there else f"{end}: nothing was written yet", err=True)
             raise typer.Exit(end.code) from end
-    if as_json:
-        typer.echo(json.dumps(result, indent=1))
-        return
     from rich.console import Console
 
-    from cobra.cli.training.summary import summary
+    from cobra.cli.training.summary import how_to_load, summary
 
-    Console().print(summary(result))
-    typer.echo(result.get("report", result["run"]))
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+    else:
+        Console().print(summary(result))
+        typer.echo(result.get("report", result["run"]))
+    if loading := how_to_load(result):
+        note(loading)

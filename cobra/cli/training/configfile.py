@@ -12,6 +12,16 @@ import yaml
 
 from cobra import storage
 
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    tuple[str, ...]: "a list of texts",
+    tuple[float, float]: "two numbers",
+    dict[str, Any]: "a mapping",
+}
+
 
 def read_config(path: Path | str, kind: type) -> dict[str, Any]:
     """The settings in a file, for the dataclass `kind`.
@@ -59,18 +69,26 @@ def _converted(value: Any, expected: Any, at: str) -> Any:
     options = get_args(expected) if get_origin(expected) in (Union, types.UnionType) else (expected,)
     if value is None and type(None) in options:
         return None
-    wanted = next(option for option in options if option is not type(None))
-    kind = get_origin(wanted) or wanted
-    if kind is tuple and isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-        return tuple(value)
+    wanted = [option for option in options if option in WORDS]
+    for kind in wanted:
+        if (found := _as(kind, value)) is not None:
+            return found
+    raise ValueError(f"{at}: expected {' or '.join(WORDS[kind] for kind in wanted)}, found {value!r}")
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """The value as a setting of this kind; None where it is none."""
+    items = value if isinstance(value, list | tuple) else None
+    if kind == tuple[str, ...] and items is not None and all(isinstance(item, str) for item in items):
+        return tuple(items)
+    if kind == tuple[float, float] and items is not None and len(items) == 2:
+        pair = tuple(_as(float, item) for item in items)
+        return None if None in pair else pair
     if kind is float and type(_number(value)) in (int, float):
         return float(_number(value))
-    if kind is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+    if kind == dict[str, Any] and isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: _number(item) for key, item in value.items()}
-    if kind in (int, str, bool) and type(value) is kind:
-        return value
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", tuple: "a list of texts"}
-    raise ValueError(f"{at}: expected {words.get(kind, 'a mapping')}, found {value!r}")
+    return value if kind in (int, str, bool) and type(value) is kind else None
 
 
 def _number(value: Any) -> Any:

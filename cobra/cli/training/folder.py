@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from cobra import storage
 from cobra.integrations.transformers import CHECKPOINT
@@ -45,11 +48,24 @@ class RunFolder:
             raise PermissionError(f"{self.path} is not writable; name another folder with --out")
 
     def complete(self) -> list[Path]:
-        """Checkpoints from which training goes on, oldest first: their last file is there, which is written whole or not."""
-        return [folder for folder in self._all() if (folder / CHECKPOINT).is_file()]
+        """Checkpoints from which training goes on, oldest first: their last file is there, and whole."""
+        return [folder for folder in self._all() if _whole(folder / CHECKPOINT)]
 
     def newest(self) -> Path | None:
         return (self.complete() or [None])[-1]
+
+    def check_checkpoints(self) -> None:
+        """Warns of damaged checkpoints after the newest complete one; raises ValueError where all of them are damaged."""
+        newest = self.newest()
+        for folder in self._all():
+            if not (folder / CHECKPOINT).is_file() or (newest is not None and step_of(folder) <= step_of(newest)):
+                continue
+            if newest is None:
+                raise ValueError(
+                    f"{folder / CHECKPOINT} is damaged, and no other checkpoint is whole: put back a copy, or delete "
+                    f"{self.checkpoints} to train from the first step"
+                )
+            warnings.warn(f"{folder / CHECKPOINT} is damaged: going on from step {step_of(newest):,}", stacklevel=2)
 
     def prune(self) -> None:
         """Leaves the newest complete checkpoints, and nothing that was begun and not finished."""
@@ -82,6 +98,15 @@ class RunFolder:
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def _whole(path: Path) -> bool:
+    """Whether a safetensors file is there, with a header that says its length."""
+    try:
+        with safe_open(path, framework="numpy"):
+            return True
+    except (SafetensorError, FileNotFoundError):
+        return False
 
 
 def _step(line: bytes) -> int:

@@ -39,7 +39,7 @@ def train(
     start = folder.newest()
     folder.rewind(-1 if start is None else step_of(start))
     steps = number_of_steps(settings, subject)
-    callback = CobraCallback(settings.search_share, settings.max_bad_steps)
+    callback = CobraCallback(settings.share_of_search, settings.max_bad_steps)
     recorder = Recorder(folder, callback, interruption, settings.log_every, settings.save_every)
     if start is not None and step_of(start) >= steps:
         _load_last(adapter, start / CHECKPOINT)

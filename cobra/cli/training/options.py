@@ -67,7 +67,7 @@ def _parameter(each: Field, expected: Any, argument: bool) -> inspect.Parameter:
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if argument else inspect.Parameter.KEYWORD_ONLY
     if argument:
         return inspect.Parameter(each.name, kind, annotation=Annotated[str, typer.Argument(help=each.metadata["help"])])
-    plain = {str | None: str, int | None: int}.get(expected, expected)
+    plain = {str | None: str, int | None: int, float | None: float}.get(expected, expected)
     if plain in (tuple[str, ...], dict[str, Any]):
         plain = list[str]
     flags = [_flag(each)] + ([f"--no-{_flag(each)[2:]}"] if plain is bool else [])

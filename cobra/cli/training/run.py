@@ -14,6 +14,7 @@ import transformers
 
 import cobra
 from cobra import LayerScores, storage
+from cobra.cli.base import class_name, with_class
 from cobra.cli.shell import note
 from cobra.cli.training import folder as names
 from cobra.cli.training.budget import adapter_config, number_of_steps
@@ -50,6 +51,8 @@ def run_training(settings: TrainSettings, resume: bool, interruption: Interrupti
     folder, stages = RunFolder(settings.out), Stages()
     if resume and (folder / names.RESULT).is_file():
         return json.loads((folder / names.RESULT).read_bytes())
+    if resume:
+        folder.check_checkpoints()
     with stages.of("load"):
         subject = prepare(settings)
         config = adapter_config(settings, subject)
@@ -83,24 +86,25 @@ def _run(
         notes = [*filter(None, (*subject.notes, fit_head(subject)))]
     for text in notes:
         note(text)
-    test = subject.batches(subject.test, settings.eval_batch_size)
+    test, architecture = subject.batches(subject.test, settings.eval_batch_size), class_name(type(subject.model))
     with stages.of("evaluate before"):
         before = _before(folder, subject, test)
     scores = None
     if settings.method == "cobra" and (settings.scores is not None or config.reads_scores):
         with stages.of("calibrate"):
-            scores = _scores(settings, subject, folder)
+            scores = _scores(settings, subject, folder, config)
     adapter = cobra.attach(subject.model, config, scores)
     with stages.of("train"):
         bad_steps = train(settings, subject, adapter, folder, interruption)
     adapter.plan.save(folder / names.PLAN)
-    adapter.save_pretrained(folder / "adapter", settings.layout)
+    with_class(adapter.to_lora(), architecture).save_pretrained(folder / "adapter", settings.layout)
     with stages.of("evaluate"):
         after = evaluate(subject.model, test, subject.task, "evaluate")
     storage.write_json(folder / "eval.json", {**after.to_dict(), "before": before})
     result = {
         "run": str(folder.path),
         "model": subject.words,
+        "architecture": architecture,
         "task": subject.task,
         "rows": {"train": len(subject.train), "test": len(subject.test)},
         "steps": number_of_steps(settings, subject),
@@ -136,13 +140,13 @@ def _before(folder: RunFolder, subject: Subject, test: list) -> dict:
     return json.loads(path.read_bytes())
 
 
-def _scores(settings: TrainSettings, subject: Subject, folder: RunFolder) -> LayerScores:
+def _scores(settings: TrainSettings, subject: Subject, folder: RunFolder, config: cobra.CobraConfig) -> LayerScores:
     path = folder / names.SCORES
     if not path.is_file():
         if settings.scores is not None:
             scores = LayerScores.load(settings.scores)
         else:
-            rows, config = subject.train[: settings.calibration_examples], settings.config(0, total_steps=1)
+            rows = subject.train[: settings.calibration_examples]
             scores = cobra.calibrate(
                 subject.model,
                 subject.batches(rows, settings.calibration_batch_size),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from cobra.budget import UNITS, Budget
-from cobra.cli.training.configfile import nearest
+from cobra.cli.training.configfile import checked, nearest
 from cobra.config import CHOICES, PRESETS, CobraConfig
 from cobra.path import ESTIMATORS
 
@@ -14,6 +14,8 @@ TASKS = ("classification", "regression", "causal-lm")
 # fields of CobraConfig that are settings here
 OWN = ("rank_budget", "r_max", "total_steps", "granularity", "seed")
 AVERAGE_RANK = 8
+SEARCH_SHARE = 0.6
+SEARCH_SHARES = {"paper": 1.0, "singular": 0.4}  # of presets: the published form is cut at the end, the other as measured
 
 
 def setting(default: Any, words: str, **rules) -> Any:
@@ -82,7 +84,9 @@ class TrainSettings(SubjectSettings):
     method: str = setting("cobra", "lora: equal ranks, no gates, no calibration.", choices=("cobra", "lora"))
     budget: int | None = setting(None, f"What may be kept, in the unit; by default {AVERAGE_RANK} ranks a layer.", least=0)
     unit: str = setting("ranks", "Of the budget: bytes of the matrices, flops of a token's forward.", choices=UNITS)
-    r_max: int = setting(16, "Gates of a layer in the search, and so its largest rank.", least=1)
+    r_max: int | None = setting(
+        None, "Gates of a layer in the search, its largest rank; by default 16, of singular 8 times the average rank.", least=1
+    )
     multiple: int = setting(1, "Every rank is a multiple of this.", least=1)
     tied: tuple[str, ...] = setting((), "Equal ranks: qkv, gate_up, experts, or a regular expression.")
     scores: str | None = setting(None, "Scores of `cobra calibrate`, instead of calibrating.")
@@ -101,7 +105,9 @@ class TrainSettings(SubjectSettings):
     lr: float = setting(5e-4, "Learning rate.", above=0)
     schedule: str = setting("linear", "Of the learning rate.", choices=("linear", "cosine", "constant"))
     warmup_steps: int = setting(0, "Steps over which the learning rate rises.", least=0)
-    search_share: float = setting(0.6, "Of the steps, before the ranks are cut.", above=0, most=1)
+    search_share: float | None = setting(
+        None, f"Of the steps, before the cut; by default {SEARCH_SHARE}, of paper 1, of singular 0.4.", above=0, most=1
+    )
     weight_decay: float = setting(0.0, "Of the matrices.", least=0)
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0 clips nothing.", least=0)
     max_bad_steps: int = setting(5, "So many steps in a row whose gradients are not finite end the training.", least=1)
@@ -123,21 +129,30 @@ class TrainSettings(SubjectSettings):
             raise ValueError("method lora has equal ranks and open gates: leave scores, preset and gate out")
         self.config(0, total_steps=1)
 
+    @property
+    def share_of_search(self) -> float:
+        """Of the steps: what was said, else the preset's own."""
+        return SEARCH_SHARES.get(self.preset, SEARCH_SHARE) if self.search_share is None else self.search_share
+
     def config(self, budget: int | Budget, **changes) -> CobraConfig:
         """The adapter's. Raises ValueError for fields that it does not have, and values that it does not take."""
-        known = [each.name for each in fields(CobraConfig) if each.name not in OWN]
-        for name in self.cobra:
-            if name in OWN:
-                raise ValueError(f"cobra: {name}: this one has a setting of its own, see cobra train --help")
-            if name not in known:
-                raise ValueError(f"cobra: CobraConfig has no field {name!r}{nearest(name, known)}")
-        values = {"r_max": self.r_max, "granularity": self.granularity, "seed": self.seed, **self.cobra, **changes}
+        values = {"granularity": self.granularity, "seed": self.seed, **_fields(self.cobra), **changes}
+        if self.r_max is not None:
+            values = {"r_max": self.r_max, **values}
         if self.method == "lora":
             values["gate"] = "open"
-        try:
-            return CobraConfig(budget, **values) if self.preset is None else CobraConfig.preset(self.preset, budget, **values)
-        except TypeError as error:
-            raise ValueError(f"cobra: {self.cobra}: a value is of the wrong type: {error}") from error
+        return CobraConfig(budget, **values) if self.preset is None else CobraConfig.preset(self.preset, budget, **values)
+
+
+def _fields(given: dict[str, Any]) -> dict[str, Any]:
+    """As CobraConfig has them."""
+    known = [each.name for each in fields(CobraConfig) if each.name not in OWN]
+    for name in given:
+        if name in OWN:
+            raise ValueError(f"cobra: {name}: this one has a setting of its own, see cobra train --help")
+        if name not in known:
+            raise ValueError(f"cobra: CobraConfig has no field {name!r}{nearest(name, known)}")
+    return checked(given, CobraConfig, "cobra")
 
 
 def _check(name: str, value: Any, rules: dict) -> None:

@@ -11,6 +11,8 @@ from cobra.cli.training.folder import CONFIG, RunFolder
 from cobra.cli.training.options import given_settings
 from cobra.cli.training.settings import TrainSettings
 
+CALIBRATION = ("estimator", "baseline", "calibration_examples", "calibration_steps", "calibration_batch_size")
+
 
 def settle(given: dict[str, Any], config: Path | None, resume: bool) -> TrainSettings:
     """given: options of the command line; config: a YAML file
@@ -24,9 +26,23 @@ def settle(given: dict[str, Any], config: Path | None, resume: bool) -> TrainSet
     if resume:
         return _resumed(values, out)
     settings = TrainSettings(**values)
+    _check_calibrates(settings, given)
     if not RunFolder(out).empty():
         raise ValueError(f"{out} is there and not empty: name a new folder with --out, or go on with its run: --resume")
     return settings
+
+
+def _check_calibrates(settings: TrainSettings, given: dict[str, Any]) -> None:
+    """Raises ValueError for settings of a calibration that is not made: options, and keys of a file that are no defaults."""
+    if settings.scores is not None:
+        why = "the scores are measured already"
+    elif not settings.config(0, total_steps=1).reads_scores:
+        why = "nothing is calibrated for ranks and gates that read no scores"
+    else:
+        return
+    for name in CALIBRATION:
+        if name in given or getattr(settings, name) != getattr(TrainSettings, name):
+            raise ValueError(f"{name}={getattr(settings, name)!r} changes nothing, as {why}: leave {name} out")
 
 
 def _resumed(values: dict[str, Any], out: Path) -> TrainSettings:

@@ -25,5 +25,14 @@ def summary(result: dict) -> Table:
     return table
 
 
+def how_to_load(result: dict) -> str | None:
+    """Which class loads what the run wrote, where transformers has no such class."""
+    architecture = result.get("architecture", "")
+    if "." not in architecture:
+        return None
+    written = "adapter/ and merged/ load" if "merge" in result else "adapter/ loads"
+    return f"{written} with {architecture} alone, see adapter/README.md: transformers' Auto classes make another model"
+
+
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"

@@ -18,7 +18,8 @@ SCHEDULE = "schedule.json"
 
 
 class RunTrainer(Trainer):
-    """Saves its own state and the schedule; adapter, optimizer and random states follow in CobraCallback's file, the last one.
+    """Saves its own state, the schedule, and the configuration, which names the model's class; adapter, optimizer and random
+    states follow in CobraCallback's file, the last one.
 
     The base model's weights are in no checkpoint: they never change.
     """
@@ -27,6 +28,8 @@ class RunTrainer(Trainer):
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
         storage.write_json(folder / SCHEDULE, self.lr_scheduler.state_dict())
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

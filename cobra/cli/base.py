@@ -1,0 +1,128 @@
+"""The model that an adapter belongs on: a folder or a named one, as the class that the adapter was trained as."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from cobra.cli.encoder import MeanPoolClassifier
+from cobra.cli.subject import NAMED_MODELS, as_plain, find_model, quiet_bars
+from cobra.lora import LoraAdapter
+
+ARCHITECTURE = "architecture"  # in an adapter's provenance
+
+
+def class_name(kind: type[nn.Module]) -> str:
+    """As config.json names transformers' own classes; another one with its module, to import it from."""
+    own = getattr(transformers, kind.__name__, None) is kind
+    return kind.__name__ if own else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def find_class(name: str) -> type[nn.Module] | None:
+    """A class of transformers, or the one of `cobra train --model minilm`; None for others."""
+    if name in (MeanPoolClassifier.__name__, class_name(MeanPoolClassifier)):
+        return MeanPoolClassifier
+    found = getattr(transformers, name, None)
+    return found if hasattr(found, "from_pretrained") else None
+
+
+def recorded_class(adapter: LoraAdapter) -> str | None:
+    """The class it was trained as, in the words of `class_name`; None for adapters that do not say it."""
+    found = adapter.provenance.get(ARCHITECTURE)
+    return found if isinstance(found, str) else None
+
+
+def with_class(adapter: LoraAdapter, name: str) -> LoraAdapter:
+    """The adapter with the class it was trained as on record. Where that is not of transformers, the base's path is left out:
+    from there transformers' Auto classes would put the adapter on another class, without a word."""
+    base = None if "." in name else adapter.base_model
+    return replace(adapter, base_model=base, provenance=adapter.provenance | {ARCHITECTURE: name})
+
+
+def is_named(base: Path) -> bool:
+    return str(base) in NAMED_MODELS and not base.exists()
+
+
+def head_tensors(adapter: LoraAdapter) -> dict[str, Tensor]:
+    """By the full name of the parameter."""
+    return {f"{name}.{key}": value for name, head in adapter.heads.items() for key, value in head.items()}
+
+
+def label_count(heads: Mapping[str, Tensor]) -> int | None:
+    """Outputs of a classification head: the fewest rows of its tensors."""
+    return min((tensor.shape[0] for tensor in heads.values() if tensor.ndim), default=None)
+
+
+def load_base(base: Path, architecture: str | None, heads: Mapping[str, Tensor]) -> nn.Module:
+    """The model of a transformers folder, minilm or smollm2, in the dtype it was saved in, or fp32 from a GGUF file.
+
+    architecture: a class, as `find_class` takes it; by default the one in config.json, for minilm that of `cobra train`
+    heads: parameters that come with an adapter, which the base may lack; another class than config.json's gets as many labels
+
+    Raises FileNotFoundError, and ValueError for quantised bases, unknown classes, and weights that nobody has.
+    """
+    source = find_model(str(base)) if is_named(base) else None
+    if source is None:
+        folder, own, options = base, _own_class(base, architecture), {"dtype": "auto"}
+    elif source.gguf:
+        folder, own, options = source.folder, source.architecture, {"dtype": torch.float32, "gguf_file": source.gguf}
+    else:
+        folder, own, options = source.folder, source.architecture, {"dtype": "auto"}
+        architecture = architecture or MeanPoolClassifier.__name__
+    name = architecture or own
+    found = find_class(name)
+    if found is None:
+        raise ValueError(
+            f"{name} is no class of transformers {transformers.__version__}, nor {MeanPoolClassifier.__name__}: load the model "
+            "in Python, and cobra.load_adapter(FOLDER).attach(model).merge()"
+        )
+    labels = None if name == own else label_count(heads)
+    options |= {} if labels is None else {"num_labels": labels}
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with quiet_bars():
+            model, info = found.from_pretrained(folder, output_loading_info=True, local_files_only=True, **options)
+    except RuntimeError as error:
+        raise ValueError(f"{base}: the weights are not those of config.json: {error}") from error
+    random = sorted(set(info["missing_keys"]) - heads.keys())
+    if random:
+        raise ValueError(
+            f"{base}: has no {random[0]}, which {name} needs, and no adapter brings it ({len(random)} are missing)"
+        )
+    as_plain(model)
+    return model
+
+
+def _own_class(base: Path, architecture: str | None) -> str | None:
+    """The class in a folder's config.json. Raises ValueError where neither it nor `architecture` is of use."""
+    path = base / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; expected a transformers model folder, or of the named models {', '.join(NAMED_MODELS)}"
+        )
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: expected a model's configuration (JSON), found a truncated or foreign file: {error}"
+        ) from error
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "an unknown method")
+        raise ValueError(
+            f"{path}: the base is quantised ({method}), and a sum cannot be rounded back into it: merge into the model it was "
+            "made from, or load it, model.dequantize(), save_pretrained, and merge into that"
+        )
+    names = config.get("architectures") or []
+    if architecture is None and not (names and find_class(names[0])):
+        raise ValueError(
+            f"{path}: architectures is {names}, and transformers {transformers.__version__} has no such class; name one with "
+            "--architecture"
+        )
+    return names[0] if names else None
