@@ -126,7 +126,7 @@ class Adapter:
         self._steps_since_change += 1
         distributed.after_step(self.groups, self._steps_since_change, f"{self.base_fingerprint} {self.config}")
         if self._at_cut is not None:
-            self._at_cut.warn_if_still(stacklevel=3)
+            self._at_cut.warn_if_still(self._matrices(), stacklevel=3)
             self._at_cut = None
         self.move_to_step(self.current_step + 1)
 
@@ -186,7 +186,11 @@ class Adapter:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the block the adapter is left out: the base model's own outputs, but for heads that are trained."""
+        """Within the block the adapter is left out: the base model's own outputs, but for heads that are trained.
+
+        Raises ValueError if merged.
+        """
+        self._check_attached("leave out")
         with ExitStack() as stack:
             for layer in (layer for group in self.groups for layer in group.all_layers):
                 kind = {"device": layer.weight.device, "dtype": layer.lora_A.dtype}
@@ -239,15 +243,19 @@ class Adapter:
         self.plan = plan
         if self.shared_inputs is not None:
             self.shared_inputs.forget()
-        # the heads are the same objects after the cut, and an old optimizer goes on moving them
-        matrices = [p for g in self.groups for layer in g.all_layers for p in (layer.lora_A, layer.lora_B)]
-        self._at_cut, self._steps_since_change = StillParameters(matrices) if optimizer is None else None, 0
+        # without the heads: they are the same objects after the cut, and an old optimizer goes on moving them
+        self._at_cut = StillParameters(self._matrices()) if optimizer is None else None
+        self._steps_since_change = 0
+
+    def _matrices(self) -> list[nn.Parameter]:
+        return [p for group in self.groups for layer in group.all_layers for p in (layer.lora_A, layer.lora_B)]
 
     def _check_plan(self, plan: RankPlan) -> None:
         if self.plan is not None:
             raise ValueError("a plan was applied already: the ranks are cut once")
         if self._merged is not None:
             raise ValueError("the adapter is merged; unmerge() it first")
+        self._check_attached("cut")
         if plan.fingerprint != self.base_fingerprint:
             raise ValueError(
                 f"the plan is of another model: fingerprint {plan.fingerprint}, this adapter's is {self.base_fingerprint}"
@@ -270,13 +278,13 @@ class Adapter:
         step, steps = self.current_step, self.config.total_steps
         if not self.config.samples or not any(layer.lora_B.any() for g in self.groups for layer in g.all_layers):
             return
-        if step == 0:
+        if step == 0 and steps > 1:
             warnings.warn(
                 "the adapter was trained and step() never called: all steps had one draw of gates, at the first temperature; "
                 "call adapter.step() after every optimizer step, or add CobraCallback to the Trainer",
                 stacklevel=3,
             )
-        elif 2 * step < steps:
+        elif 0 < 2 * step < steps:
             warnings.warn(
                 f"apply(plan) at step {step} of total_steps={steps}: the gates' temperature is still "
                 f"{self.config.temperature_at(step):.2g}; set total_steps to the number of steps before the cut",
@@ -311,6 +319,7 @@ class Adapter:
         """
         if self._merged is not None:
             raise ValueError("the adapter is merged already")
+        self._check_attached("merge")
         distributed.check_whole(self.state_dict(), "merge()")
         check_merge_options(tolerance, above, reversible)
         before = None if probe is None else probe_outputs(self.model, probe)
@@ -355,7 +364,7 @@ class Adapter:
     def detach(self) -> None:
         """Takes the adapter off without merging: the base model's modules and trainable flags as before `attach`.
 
-        Heads that were trained (`modules_to_save`) stay as they are.
+        Heads that were trained (`modules_to_save`) stay as they are. The handle is of no more use but to read and save.
         """
         distributed.check_whole(self.state_dict(), "detach()")
         if self._merged is not None and self._merged.originals is not None:
@@ -366,11 +375,11 @@ class Adapter:
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in self._trainable_before)
 
-    def _check_attached(self) -> None:
+    def _check_attached(self, what: str = "train") -> None:
         if self._detached:
-            raise ValueError("the adapter is detached: there is nothing to train; attach anew")
+            raise ValueError(f"the adapter is detached: there is nothing to {what}; attach anew")
         if self._merged is not None:
-            raise ValueError("the adapter is merged: there is nothing to train; unmerge() it first")
+            raise ValueError(f"the adapter is merged: there is nothing to {what}; unmerge() it first")
 
     def _set_nested_tensors(self, allowed: bool) -> None:
         """nn.TransformerEncoder packs its input for a fast path that adapted layers do not take."""

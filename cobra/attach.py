@@ -50,9 +50,10 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
     if budget.amount and not allocation.spent:
         raise ValueError(f"a budget of {budget.amount} {budget.unit} keeps no rank: the cheapest step costs {allocation.step}")
     if isinstance(config.rank_budget, int) and 0 < budget.amount < len(members):
+        of = "block" if config.granularity == "block" else "layer"
         warnings.warn(
-            f"rank_budget={budget.amount} is the total over {len(members)} layers; {budget.amount} a layer would be "
-            f"{budget.amount * len(members)}. Where fewer than one a layer is meant, cobra.Budget({budget.amount}) says so",
+            f"rank_budget={budget.amount} is the total over {len(members)} {of}s; {budget.amount} a {of} would be "
+            f"{budget.amount * len(members)}. Where fewer than one a {of} is meant, cobra.Budget({budget.amount}) says so",
             stacklevel=2,
         )
     priors = _priors(members, ranks, config, scores)

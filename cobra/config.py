@@ -154,7 +154,7 @@ class CobraConfig:
             f"total_steps={self.total_steps!r}",
             "an integer greater than 0",
         )
-        if self.gate == "hard_concrete" and self.fold == "mean":
+        if (self.gate, self.fold) == ("hard_concrete", "mean") and self.basis != "singular":
             raise ValueError("fold='mean' with gate='hard_concrete': a kept gate's mean can be 0; use fold='one'")
         if self.samples and self.total_steps is None:
             raise ValueError(

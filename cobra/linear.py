@@ -192,12 +192,12 @@ class CobraLinear(nn.Linear):
 
     @contextmanager
     def cut_to(self, lora_A: Tensor, lora_B: Tensor) -> Iterator[None]:
-        """Within the block these matrices count in the place of the layer's own, and no gates."""
-        self.cut = lora_A, lora_B
+        """Within the block these matrices count in the place of the layer's own, and no gates; blocks nest."""
+        before, self.cut = self.cut, (lora_A, lora_B)
         try:
             yield
         finally:
-            self.cut = None
+            self.cut = before
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> y (..., N)"""
@@ -207,7 +207,7 @@ class CobraLinear(nn.Linear):
             if y is not None:
                 return y
         lora_A, lora_B, z = self.branch()
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout if self.training and len(lora_A) else 0.0  # without a rank no random number is drawn
         if not dropout and self.quantised_base is None:
             options = {"scaling": self.scaling, "bias": self.bias, "backend": self.backend}
             return gated_lora_linear(x, self.linear_weight, lora_A, lora_B, z, **options)

@@ -15,10 +15,12 @@ class StillParameters:
     def __init__(self, parameters: Sequence[Tensor]):
         self.parameters, self.marks = parameters, _marks(parameters)
 
-    def warn_if_still(self, stacklevel: int) -> None:
-        """Warns where not one of them has moved since."""
-        pairs = zip(self.marks, _marks(self.parameters), strict=True)
-        if self.marks and all(then == now and torch.equal(old, new) for (then, old), (now, new) in pairs):
+    def warn_if_still(self, parameters: Sequence[Tensor], stacklevel: int) -> None:
+        """Warns where not one has moved since; not where others are in their places, as sharding makes them."""
+        if not parameters or any(now is not then for now, then in zip(parameters, self.parameters, strict=True)):
+            return
+        pairs = zip(self.marks, _marks(parameters), strict=True)
+        if all(then == now and torch.equal(old, new) for (then, old), (now, new) in pairs):
             warnings.warn(
                 "no parameter moved in the step after apply(plan): the optimizer holds the parameters from before the cut; "
                 "call apply(plan, optimizer), or make a new optimizer from parameter_groups()",

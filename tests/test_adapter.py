@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -257,14 +258,37 @@ def test_disabled_is_the_base_model():
     with adapter.disabled():
         torch.testing.assert_close(logits_of(model, BATCH), base)
         torch.testing.assert_close(logits_of(model.train(), BATCH), base)
+        with adapter.disabled():
+            pass
+        torch.testing.assert_close(logits_of(model.eval(), BATCH), base)
     assert torch.equal(logits_of(model.eval(), BATCH), adapted) and not torch.allclose(adapted, base)
+    adapter.merge()
+    with pytest.raises(ValueError, match="the adapter is merged: there is nothing to leave out; unmerge"), adapter.disabled():
+        pass
+
+
+def test_disabled_draws_nothing():
+    """A pass of reference leaves the random numbers of the training as they are."""
+    model, adapter = attached(modules_to_save=(), dropout=0.5)
+    before = torch.get_rng_state()
+    with adapter.disabled():
+        logits_of(model.train(), BATCH)
+    assert torch.equal(torch.get_rng_state(), before)
+    logits_of(model, BATCH)
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_detached_handle_trains_nothing():
     _, adapter = attached()
     adapter.detach()
-    for call in (adapter.kl_loss, adapter.step):
-        with pytest.raises(ValueError, match="the adapter is detached: there is nothing to train; attach anew"):
+    plan = adapter.extract()
+    for call, what in (
+        (adapter.kl_loss, "train"),
+        (adapter.step, "train"),
+        (partial(adapter.apply, plan), "cut"),
+        (adapter.merge, "merge"),
+    ):
+        with pytest.raises(ValueError, match=f"the adapter is detached: there is nothing to {what}; attach anew"):
             call()
 
 
@@ -279,7 +303,9 @@ def test_a_cut_before_gates_were_drawn_is_warned_of():
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(("steps", "stirred", "changes"), [(0, False, {}), (5, True, {}), (0, True, {"gate": "mean"})])
+@pytest.mark.parametrize(
+    ("steps", "stirred", "changes"), [(0, False, {}), (5, True, {}), (0, True, {"gate": "mean"}), (0, True, {"total_steps": 1})]
+)
 def test_other_cuts_are_not(steps, stirred, changes):
     _, adapter = attached(rank_budget=12, **changes)
     if stirred:

@@ -65,7 +65,7 @@ SEARCHES = (
         REGRESSIONS,
         8,
         {},
-        {"lora": RATES[1:4], "cobra": RATES[1:4], "singular": RATES[:3], "adalora": (8e-3, 1.6e-2, 3.2e-2)},
+        {"lora": RATES[1:], "cobra": RATES[1:4], "singular": RATES[:3], "adalora": (8e-3, 1.6e-2, 3.2e-2)},
         seeds=SEARCH_SEEDS,
     ),
     # after few steps rates of one seed differ by less than its noise
@@ -118,7 +118,7 @@ def rates_of(rows: Sequence[dict], kind: str, rank: float, conditions: dict) -> 
         planned = [recipe for runs in (*earlier, deciding) for recipe in runs]
         if all(recipe.key in found for recipe in planned):
             (best,) = select_best([found[recipe.key] for recipe in deciding], "over tasks").values()
-            tried = [recipe.lr for recipe in planned]
+            tried = [recipe.lr for recipe in deciding]
             if min(tried) < best["lr"] < max(tried):
                 rates[method] = best["lr"]
     return rates

@@ -32,9 +32,9 @@ class _PerExample:
         if not layer.training or layer.gate_noise is None:
             return CobraLinear.forward(layer, x)
         u = torch.rand(len(x), layer.rank, generator=self.generator).clamp(2.0**-24, 1 - 2.0**-24).to(x.device)
-        z = concrete_gates(layer.lora_gate.expand_as(u), u.logit(), layer.gate_temperature)
+        z = concrete_gates(layer.lora_gate.expand_as(u), u.logit(), layer.gate_temperature, stretch=layer.stretch)
         z = z.reshape(len(x), *[1] * (x.ndim - 2), -1).expand(*x.shape[:-1], -1)
-        return gated_lora_linear(x, layer.weight, layer.lora_A, layer.lora_B, z, scaling=layer.scaling, bias=layer.bias)
+        return gated_lora_linear(x, layer.linear_weight, layer.lora_A, layer.lora_B, z, scaling=layer.scaling, bias=layer.bias)
 
 
 class Growth:

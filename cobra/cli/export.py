@@ -94,11 +94,14 @@ def _from_checkpoint(path: Path, base: Path, architecture: str | None) -> LoraAd
     heads = {name: tensor for name, tensor in trained.items() if not name.endswith((".lora_A", ".lora_B", ".lora_gate"))}
     config, sites, recorded = _config(path, meta["config"]), _sites(trained, meta["plan"]), _class_beside(path)
     model = load_base(base, architecture or recorded, heads)
-    adapter = cobra.attach(model, dataclasses.replace(config, target_modules=sites, init="uniform"))
+    budget = Budget.of(config.rank_budget)  # a small number was warned of when the run began
+    adapter = cobra.attach(model, dataclasses.replace(config, target_modules=sites, init="uniform", rank_budget=budget))
     adapter.config = config
     adapter.load_checkpoint(path)
     if adapter.plan is None:
-        adapter.apply(adapter.extract())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a cut that is early: the next one says it
+            adapter.apply(adapter.extract())
         warnings.warn(
             f"{path}: the search was still going on, at step {meta['step']}: cut to its budget as it was", stacklevel=3
         )

@@ -33,7 +33,10 @@ def settle(given: dict[str, Any], config: Path | None, resume: bool) -> TrainSet
 
 
 def _check_calibrates(settings: TrainSettings, given: dict[str, Any]) -> None:
-    """Raises ValueError for settings of a calibration that is not made: options, and keys of a file that are no defaults."""
+    """Raises ValueError for settings of a calibration that is not made: options, and keys of a file that are no defaults.
+
+    Plain LoRA takes them and makes none: methods are compared by one option.
+    """
     if settings.scores is not None:
         why = "the scores are measured already"
     elif not settings.config(0, total_steps=1).reads_scores:
