@@ -1,6 +1,7 @@
 """Rows of searches that are finished, in which the second rate of the search that decides is the best."""
 
 from collections import defaultdict
+from functools import cache
 
 from bench.accuracy.cells import METRIC, higher_is_better
 from bench.accuracy.grid import LIKE
@@ -15,6 +16,7 @@ def study(recipe: Recipe) -> tuple:
     return kind_of(recipe.task), recipe.average_rank, conditions, LIKE.get(recipe.method, recipe.method)
 
 
+@cache
 def tried() -> dict[tuple, set[float]]:
     found = defaultdict(set)
     for recipe in search():

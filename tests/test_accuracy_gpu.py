@@ -19,7 +19,7 @@ def test_classification(monkeypatch, method):
     from accuracy_models import reviews, tiny
 
     from bench.accuracy import run as runs
-    from bench.accuracy.grid import SETTINGS
+    from bench.accuracy.forms import SETTINGS
 
     monkeypatch.setattr(runs, "_task", lambda name, data: reviews())
     recipe = tiny(method, phase="final", settings=tuple(SETTINGS.get(method, {}).items()))
@@ -34,7 +34,7 @@ def test_language(monkeypatch, method):
 
     from bench.accuracy import language
     from bench.accuracy import run as runs
-    from bench.accuracy.grid import SETTINGS
+    from bench.accuracy.forms import SETTINGS
     from bench.accuracy.tasks import Example, Task
 
     splits = [tuple(Example(f"{name} {i}: a text of {i} words.", 0) for i in range(12)) for name in ("train", "dev", "test")]

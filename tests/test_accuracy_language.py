@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from bench.accuracy import language, tasks
 from bench.accuracy import run as runs
 from bench.accuracy.cells import matrix
-from bench.accuracy.grid import SETTINGS
+from bench.accuracy.forms import SETTINGS
 from bench.accuracy.methods import COBRA
 from bench.accuracy.metrics import unpack_per_example
 from bench.accuracy.statistics import check_equal_budget

@@ -9,7 +9,7 @@ from accuracy_models import encoded, started, tiny
 
 import cobra
 from bench.accuracy.bf16 import bf16_products
-from bench.accuracy.grid import FEW_LAYERS, SETTINGS, TIGHT
+from bench.accuracy.forms import FEW_LAYERS, SETTINGS, TIGHT
 from bench.accuracy.methods import FULL, METHODS, Attached, attach, budget_parameters, needs_scores
 from bench.accuracy.recipe import Recipe
 from bench.accuracy.run import _train

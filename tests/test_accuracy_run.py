@@ -8,7 +8,7 @@ import torch
 from accuracy_models import reviews, tiny
 
 from bench.accuracy import run as runs
-from bench.accuracy.grid import SETTINGS
+from bench.accuracy.forms import SETTINGS
 from bench.accuracy.methods import METHODS
 from bench.accuracy.metrics import unpack_per_example
 from bench.accuracy.run import Diverged, run

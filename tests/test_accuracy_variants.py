@@ -1,5 +1,7 @@
 """Gates of every example, and ranks that grow: on small layers by their equations, on the real model to the budget."""
 
+from functools import cache
+
 import pytest
 import torch
 from accuracy_models import encoded, started, tiny
@@ -60,13 +62,16 @@ def test_ranks_grow_where_the_gradient_asks_for_its_parameters():
         Growth(adapter, amount=3, rounds=2, until=4)
 
 
+@cache
+def scores() -> cobra.LayerScores:
+    return cobra.calibrate(started(), [encoded().batch(range(6))], steps=2, progress=False, directions=16)
+
+
+@pytest.mark.filterwarnings("ignore:the path integral misses")
 @pytest.mark.parametrize("change", [{"drawn": "example"}, {"gate": "open", "rounds": 3}, {"gate": "hard_concrete"}], ids=str)
 def test_variants_of_the_form_end_at_its_budget(change):
     recipe = tiny("cobra", rank=8, settings=tuple({**COBRA, **change}.items()))
-    batch = encoded().batch(range(6))
-    with pytest.warns(UserWarning, match="the path integral misses"):
-        scores = cobra.calibrate(started(), [batch], steps=2, progress=False, directions=16)
-    found = attach(recipe, started(), scores, lambda: [batch])
+    found = attach(recipe, started(), scores(), list)
     losses = _train(found, encoded(), recipe)
     assert torch.tensor(losses).isfinite().all()
     ranks, budget = found.ranks(), budget_parameters(find_sites(started()), 8)
