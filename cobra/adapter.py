@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from cobra import checkpoint, distributed, shrink
 from cobra.budget import Budget
 from cobra.config import CobraConfig
+from cobra.cut import check_fits, warn_of_an_early_cut
 from cobra.deploy.cost import WORKSPACE
 from cobra.group import Group
 from cobra.linear import CobraLinear
@@ -223,7 +224,7 @@ class Adapter:
         distributed.check_whole(self.state_dict(), "apply(plan)")
         if optimizer is not None and not any(site.energy for site in plan.sites):
             shrink.check_optimizer(optimizer)
-        self._check_searched()
+        warn_of_an_early_cut(self.groups, self.config, self.current_step)
         removed: list[nn.Parameter] = []
         dropped: list[Site] = []
         for group, site in zip(self.groups, plan.sites, strict=True):
@@ -256,40 +257,7 @@ class Adapter:
         if self._merged is not None:
             raise ValueError("the adapter is merged; unmerge() it first")
         self._check_attached("cut")
-        if plan.fingerprint != self.base_fingerprint:
-            raise ValueError(
-                f"the plan is of another model: fingerprint {plan.fingerprint}, this adapter's is {self.base_fingerprint}"
-            )
-        ours, theirs = {g.name: g.rank for g in self.groups}, {s.name: len(s.posterior) for s in plan.sites}
-        if list(ours) != list(theirs):
-            raise ValueError(
-                f"the plan is of another adapter: {len(theirs)} groups of gates, this one has {len(ours)}, or other names; "
-                "use one granularity and one target_modules for both"
-            )
-        for name, rank in ours.items():
-            if rank != theirs[name]:
-                raise ValueError(
-                    f"the plan is of another adapter: it has {theirs[name]} gates for {name}, this one {rank}; "
-                    f"use one r_max for both, as plan_ranks(..., r_max={self.config.r_max})"
-                )
-
-    def _check_searched(self) -> None:
-        """Warns of a cut that comes before gates were drawn as the config says."""
-        step, steps = self.current_step, self.config.total_steps
-        if not self.config.samples or not any(layer.lora_B.any() for g in self.groups for layer in g.all_layers):
-            return
-        if step == 0 and steps > 1:
-            warnings.warn(
-                "the adapter was trained and step() never called: all steps had one draw of gates, at the first temperature; "
-                "call adapter.step() after every optimizer step, or add CobraCallback to the Trainer",
-                stacklevel=3,
-            )
-        elif 0 < 2 * step < steps:
-            warnings.warn(
-                f"apply(plan) at step {step} of total_steps={steps}: the gates' temperature is still "
-                f"{self.config.temperature_at(step):.2g}; set total_steps to the number of steps before the cut",
-                stacklevel=3,
-            )
+        check_fits(plan, self.groups, self.base_fingerprint)
 
     # the end
 

@@ -17,7 +17,8 @@ def test_devices():
     check_device("cpu")
     with pytest.raises(ValueError, match="device='meta': runs are on cpu or cuda"):
         check_device("meta")
-    assert machine_name("cpu").endswith(f", {torch.get_num_threads()} threads")
+    instructions = torch.backends.cpu.get_cpu_capability()
+    assert machine_name("cpu").endswith(f" {instructions}, {torch.get_num_threads()} threads")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")

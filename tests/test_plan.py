@@ -96,7 +96,7 @@ CONFIG = cobra.CobraConfig(rank_budget=4, r_max=2, gate="mean", basis="gates")
         (
             vit,
             {"r_max": 3},
-            r"it has 2 gates for \S+q_proj, this one 3; use one r_max for both, as plan_ranks\(.*r_max=3\)",
+            r"it has 2 gates for \S+q_proj, this one 3; use one r_max for both",
         ),
         (vit, {"granularity": "block"}, "12 groups of gates, this one has 2, or other names; use one granularity"),
         (vit, {"target_modules": ("q_proj",)}, "the plan is of another model"),

@@ -40,10 +40,10 @@ def check_device(device: str) -> None:
 
 
 def machine_name(device: str) -> str:
-    """The GPU, or the processor with the number of threads."""
+    """The GPU, or the processor's kind and widest instructions, and the number of threads: seconds of others do not compare."""
     if _is_gpu(device):
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def forget_peak_memory(device: str) -> None:
