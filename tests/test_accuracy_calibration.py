@@ -7,6 +7,7 @@ from scipy.stats import ttest_rel
 
 from bench.accuracy import tables
 from bench.accuracy.calibration import METRICS, calibration_changes
+from bench.accuracy.metrics import SCALED
 from bench.accuracy.statistics import summarise
 
 TASKS, SEEDS, FEW = ("hyper", "topics"), 5, 200
@@ -62,3 +63,16 @@ def test_places_are_told_apart_and_shown():
         "| minilm, rank 2, steps 50 | cobra | 2 | 3 | ECE | +0.0000 |" in table
         and "| minilm, rank 2 | cobra | 2 | 5 | ECE | -0.0" in table
     )
+
+
+def test_scaled_metrics_are_of_the_runs_that_have_them():
+    """Pairs of seeds of which both have them; a family of their own for Holm's correction."""
+    rows = rows_of(-0.01, 0.004, TASKS[:1])
+    assert calibration_changes(summarise(rows, FEW), SCALED) == []
+    for r in rows[:6] + rows[-1:]:  # three pairs and half of one
+        r["test"] |= {name: r["test"][name.removeprefix("scaled_")] / 2 for name in SCALED}
+    found = {change.metric: change for change in calibration_changes(summarise(rows, FEW), SCALED)}
+    assert found.keys() == SCALED.keys() and found["scaled_ece"].change.seeds == 3
+    halved = [(ours["test"]["ece"] - lora["test"]["ece"]) / 2 for lora, ours in zip(rows[0:6:2], rows[1:6:2], strict=True)]
+    assert found["scaled_ece"].change.mean == pytest.approx(np.mean(halved))
+    assert "| cobra | 1 | 3 | ECE | " in tables.calibration_gains(rows, summarise(rows, FEW), SCALED)

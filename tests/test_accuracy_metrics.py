@@ -8,6 +8,7 @@ import torch
 
 from bench.accuracy.metrics import (
     classification_metrics,
+    fit_temperature,
     language_metrics,
     pack_per_example,
     regression_metrics,
@@ -43,6 +44,25 @@ def test_logits_between_0_and_1_are_not_probabilities():
     found = classification_metrics(torch.tensor([[0.5, 0.2, 0.3]]), torch.tensor([0]))
     weights = [math.exp(v) for v in (0.5, 0.2, 0.3)]
     assert found["ece"] == pytest.approx(1 - weights[0] / sum(weights))
+
+
+@pytest.mark.parametrize("factor", [0.25, 1.0, 3.0])
+def test_temperature_undoes_a_factor(factor):
+    """Labels drawn from the probabilities of logits that were multiplied since; and no other temperature has a lower NLL."""
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(20_000, 3, dtype=torch.float64)
+    labels = torch.multinomial(logits.softmax(1), 1)[:, 0]
+    found = fit_temperature(factor * logits, labels)
+    assert found == pytest.approx(factor, rel=0.03)
+    nll = [classification_metrics(factor * logits / t, labels)["nll"] for t in (0.98 * found, found, 1.02 * found)]
+    assert nll[1] == min(nll)
+
+
+@pytest.mark.parametrize(("right", "bound"), [(True, 0.05), (False, 20.0)])
+def test_temperature_stays_within_its_bounds(right, bound):
+    """Where all labels are right the best one is 0, where all are wrong it is infinite."""
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert fit_temperature(logits, torch.tensor([0, 1] if right else [1, 0])) == pytest.approx(bound, rel=1e-3)
 
 
 def test_regression_by_hand():

@@ -10,7 +10,7 @@ from accuracy_models import reviews, tiny
 from bench.accuracy import run as runs
 from bench.accuracy.forms import SETTINGS
 from bench.accuracy.methods import METHODS
-from bench.accuracy.metrics import unpack_per_example
+from bench.accuracy.metrics import SCALED, classification_metrics, unpack_per_example
 from bench.accuracy.run import Diverged, run
 from bench.accuracy.tasks import Example
 
@@ -64,8 +64,20 @@ def test_rows_are_complete_and_repeat(method):
 def test_final_runs_see_the_test_split():
     row = run(recipe_of("lora", phase="final"))
     right = unpack_per_example(row["test"].pop("per_example"))
-    assert row["test"].keys() == row["validation"].keys() == METRICS
+    assert row["test"].keys() == METRICS | SCALED.keys() | {"temperature"} and row["validation"].keys() == METRICS
     assert len(right) == len(reviews().test) and right.mean() == pytest.approx(row["test"]["accuracy"])
+
+
+def test_the_temperature_is_of_validation():
+    """What a known factor on the logits changes is undone, from labels that are not those of the test."""
+    torch.manual_seed(0)
+    known, logits = torch.randn(5000, 2).double(), torch.randn(2000, 2).double()
+    known_labels, labels = (torch.multinomial(x.softmax(1), 1)[:, 0] for x in (known, logits))
+    found = runs._on_test(reviews(), 4 * logits, labels, 4 * known, known_labels)
+    plain, sharp = classification_metrics(logits, labels), classification_metrics(4 * logits, labels)
+    assert found["temperature"] == pytest.approx(4, rel=0.1)
+    assert found["scaled_nll"] == pytest.approx(plain["nll"], abs=2e-3) and found["scaled_ece"] < 0.2 * sharp["ece"]
+    assert found["scaled_brier"] == pytest.approx(plain["brier"], abs=2e-3)
 
 
 @pytest.mark.parametrize("method", ["lora", "cobra"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bench.accuracy.cells import BASELINE, Cell, Place
@@ -27,28 +27,35 @@ class CalibrationChange:
     corrected: float
 
 
-def calibration_changes(summary: Summary) -> list[CalibrationChange]:
-    """Of methods that have two seeds or more with LoRA on every classification task of the place."""
+def calibration_changes(summary: Summary, metrics: Mapping[str, str] = METRICS) -> list[CalibrationChange]:
+    """Of methods that have two seeds or more with LoRA on every classification task of the place.
+
+    metrics: names in a row's test results; runs without them do not count
+    """
     found = []
     for place in summary.places():
         cells = [cell for cell in summary.cells(place) if summary.kind(cell) == "classification"]
         for method in summary.methods(cells) if cells else ():
-            shared = [_shared(summary, cell, method) for cell in cells]
+            shared = [_shared(summary, cell, method, metrics) for cell in cells]
             if method != BASELINE and min(map(len, shared)) > 1:
-                for metric in METRICS:
-                    change = mean_of([_change(summary, cell, method, metric) for cell in cells])
+                for metric in metrics:
+                    pairs = zip(cells, shared, strict=True)
+                    change = mean_of([_change(summary, cell, method, metric, seeds) for cell, seeds in pairs])
                     found.append(CalibrationChange(place, method, metric, len(cells), change, float("nan")))
     return _corrected(found)
 
 
-def _shared(summary: Summary, cell: Cell, method: str) -> list[int]:
-    runs = summary.runs[cell]
-    return sorted(runs.get(method, {}).keys() & runs.get(BASELINE, {}).keys())
+def _shared(summary: Summary, cell: Cell, method: str, metrics: Mapping[str, str]) -> list[int]:
+    ours, theirs = (
+        {seed for seed, row in summary.runs[cell].get(m, {}).items() if metrics.keys() <= row["test"].keys()}
+        for m in (method, BASELINE)
+    )
+    return sorted(ours & theirs)
 
 
-def _change(summary: Summary, cell: Cell, method: str, metric: str) -> Estimate:
+def _change(summary: Summary, cell: Cell, method: str, metric: str, seeds: Sequence[int]) -> Estimate:
     ours, theirs = summary.runs[cell][method], summary.runs[cell][BASELINE]
-    return seeds_estimate([ours[s]["test"][metric] - theirs[s]["test"][metric] for s in _shared(summary, cell, method)])
+    return seeds_estimate([ours[s]["test"][metric] - theirs[s]["test"][metric] for s in seeds])
 
 
 def _corrected(found: Sequence[CalibrationChange]) -> list[CalibrationChange]:

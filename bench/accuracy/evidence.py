@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench.accuracy import diagnosis, figures, searches, tables
 from bench.accuracy.forms import TIGHT
+from bench.accuracy.metrics import SCALED
 from bench.accuracy.rows import ROWS, read_rows
 from bench.accuracy.statistics import Summary, check_equal_budget, summarise
 from cobra import storage
@@ -34,6 +35,7 @@ TABLES: dict[str, Callable[[Sequence[dict], Summary], str]] = {
     "pairs": tables.pairs,
     "calibration": tables.calibration,
     "calibration-gains": tables.calibration_gains,
+    "scaled-gains": lambda rows, summary: tables.calibration_gains(rows, summary, SCALED),
     "secondary": tables.secondary,
     "factors": tables.factors,
     "ablations": lambda rows, summary: tables.factors(rows, summary, "ablation"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import warnings
 
 import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional import mean_absolute_error, mean_squared_error, pearson_corrcoef, spearman_corrcoef
@@ -19,6 +21,7 @@ from torchmetrics.functional.classification import (
 )
 
 ECE_BINS = 15
+SCALED = {"scaled_nll": "NLL", "scaled_ece": "ECE", "scaled_brier": "Brier"}  # at a temperature that fits validation
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -43,6 +46,19 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
         "ece": multiclass_calibration_error(probabilities, labels, classes, n_bins=ECE_BINS, norm="l1").item(),
         "brier": (probabilities - F.one_hot(labels, classes)).square().sum(1).mean().item(),
     }
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """What logits are divided by for the lowest NLL (Guo et al. 2017, section 4.2), from 1/20 to 20.
+
+    logits: (n, classes) of examples that no result is reported on; labels: (n,)
+    """
+    logits, bound = logits.double(), math.log(20)
+
+    def nll(log_temperature: float) -> float:
+        return F.cross_entropy(logits / math.exp(log_temperature), labels).item()
+
+    return math.exp(minimize_scalar(nll, bounds=(-bound, bound), method="bounded").x)
 
 
 def regression_metrics(predictions: Tensor, labels: Tensor) -> dict[str, float]:

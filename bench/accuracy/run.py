@@ -22,7 +22,14 @@ from bench.accuracy.bf16 import bf16_products
 from bench.accuracy.encoder import LOADERS, Batch, Encoded, fit_head, load_model, predict
 from bench.accuracy.machine import Seconds, check_device, forget_peak_memory, machine_name, peak_memory_mb
 from bench.accuracy.methods import Attached, attach, directions_needed, needs_scores
-from bench.accuracy.metrics import classification_metrics, language_metrics, pack_per_example, regression_metrics
+from bench.accuracy.metrics import (
+    SCALED,
+    classification_metrics,
+    fit_temperature,
+    language_metrics,
+    pack_per_example,
+    regression_metrics,
+)
 from bench.accuracy.recipe import Recipe
 from bench.accuracy.tasks import Example, Task, load_task, sample, subset
 
@@ -101,10 +108,10 @@ def _run(recipe: Recipe, data: Path | None, device: str) -> dict:
     if recipe.phase == "final":
         splits["test"] = subset(task.test, recipe.test_examples)
     with seconds.of("evaluate"), _precision(recipe.precision, device):
-        found = {
-            name: _evaluate(attached.model, start.encode(examples, recipe.max_length), task, name == "test")
-            for name, examples in splits.items()
-        }
+        outputs = {name: _outputs(attached.model, start.encode(e, recipe.max_length), task) for name, e in splits.items()}
+    found = {name: _metrics(task, *pair) for name, pair in outputs.items()}
+    if "test" in found:
+        found["test"] |= _on_test(task, *outputs["test"], *outputs["validation"])
     return {
         "key": recipe.key,
         "phase": recipe.phase,
@@ -251,16 +258,29 @@ def _train(attached: Attached, train: Encoded, recipe: Recipe) -> list[float]:
     return losses
 
 
-def _evaluate(model: nn.Module, data: Encoded, task: Task, per_example: bool) -> dict:
+def _outputs(model: nn.Module, data: Encoded, task: Task) -> tuple[Tensor, Tensor]:
+    """Logits or predictions and labels; of a language model the losses of texts, summed, and their tokens."""
+    return language.losses(model, data) if task.kind == "language" else (predict(model, data), data.labels)
+
+
+def _metrics(task: Task, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    of_kind = {"language": language_metrics, "regression": regression_metrics, "classification": classification_metrics}
+    return of_kind[task.kind](outputs, labels)
+
+
+def _on_test(task: Task, outputs: Tensor, labels: Tensor, known: Tensor, known_labels: Tensor) -> dict:
+    """The result of every example; of classes also NLL, ECE and Brier score at the temperature that fits validation.
+
+    known, known_labels: those of the validation split
+    """
     if task.kind == "language":
-        sums, tokens = language.losses(model, data)
-        found, each = language_metrics(sums, tokens), (sums / tokens).numpy()
-        return {**found, "per_example": pack_per_example(each)} if per_example else found
-    predictions = predict(model, data)
+        return {"per_example": pack_per_example((outputs / labels).numpy())}
     if task.kind == "regression":
-        found = regression_metrics(predictions, data.labels)
-        each = (predictions - data.labels).square().numpy()
-    else:
-        found = classification_metrics(predictions, data.labels)
-        each = (predictions.argmax(1) == data.labels).numpy()
-    return {**found, "per_example": pack_per_example(each)} if per_example else found
+        return {"per_example": pack_per_example((outputs - labels).square().numpy())}
+    temperature = fit_temperature(known, known_labels)
+    scaled = classification_metrics(outputs / temperature, labels)
+    return {
+        "per_example": pack_per_example((outputs.argmax(1) == labels).numpy()),
+        "temperature": temperature,
+        **{name: scaled[name.removeprefix("scaled_")] for name in SCALED},
+    }

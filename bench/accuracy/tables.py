@@ -100,16 +100,16 @@ def calibration(rows: Sequence[dict], summary: Summary) -> str:
     return _by_place(summary, table)
 
 
-def calibration_gains(rows: Sequence[dict], summary: Summary) -> str:
+def calibration_gains(rows: Sequence[dict], summary: Summary, metrics: Mapping[str, str] = METRICS) -> str:
     """NLL, ECE and Brier score beside LoRA's: the mean difference, its interval and p-values over seeds."""
     out = [
         (
-            *(str(found.place), found.method, f"{found.tasks}", seeds(found.change.seeds), METRICS[found.metric]),
+            *(str(found.place), found.method, f"{found.tasks}", seeds(found.change.seeds), metrics[found.metric]),
             f"{found.change.mean:+.4f}",
             f"{found.change.low:+.4f} to {found.change.high:+.4f}",
             *(p_value(found.change.p), p_value(found.corrected)),
         )
-        for found in calibration_changes(summary)
+        for found in calibration_changes(summary, metrics)
     ]
     return markdown(
         ("at", "method", "tasks", "seeds", "metric", "beside LoRA, ↓", "95 % interval", "p over seeds", "p, Holm"), out
