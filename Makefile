@@ -9,8 +9,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 demo: env
 	$(BIN)/cobra demo
 
+# processes that tests start find the package compiled, whatever the environment says
 test: env lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: env
 	$(BIN)/python -m pytest -m "slow and not gpu"

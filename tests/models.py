@@ -76,6 +76,11 @@ def smollm2_full() -> nn.Module:
 
 def smollm2(layers: int = 3) -> nn.Module:
     """A copy of SmolLM2's embeddings, first layers and final norm, to be worked on."""
+    return copy.deepcopy(_smollm2_of(layers))
+
+
+@cache
+def _smollm2_of(layers: int) -> nn.Module:
     full = smollm2_full()
     config = copy.deepcopy(full.config)
     config.num_hidden_layers = layers

@@ -44,7 +44,8 @@ def bases(arch):
     for (M, N), tile, (way, units) in product(
         ((16, 4096), (64, 4096), (1024, 1024), (8192, 4096)), (16, 64), {"forward": FORWARD, "backward": BACKWARD}.items()
     ):
-        config, slow = configs.pick_base_config(M, N, tile, True, arch), (way == "forward") != (tile == 16)
+        config, fewest_or_most = configs.pick_base_config(M, N, tile, True, arch), M in (16, 8192)
+        slow = (way == "forward") != (tile == 16) or not fewest_or_most
         yield case(f"{way}-base", products._base_kernel, config, operands, "bf16", arch, units=units, constants=bias, slow=slow)
     for M, dtype in product((16, 8192), ("fp32", "fp16")):
         config, slow = configs.pick_base_config(M, 4096, 16, False, arch), dtype == "fp16"

@@ -13,7 +13,11 @@ POINTERS = {"sites_ptr": "*i64", "first_tile_ptr": "*i64", "sums_ptr": "*fp64", 
 @pytest.mark.parametrize("arch", aot.SHARED_MEMORY)
 @pytest.mark.parametrize(
     ("dtype", "aligned", "statistics"),
-    [*product(kernels.DTYPES, (True, False), (True,)), (kernels.DTYPES[0], True, False)],
+    [
+        *product(kernels.DTYPES[:2], (True, False), (True,)),
+        *(pytest.param(kernels.DTYPES[2], aligned, True, marks=pytest.mark.slow) for aligned in (True, False)),
+        (kernels.DTYPES[0], True, False),
+    ],
     ids=str,
 )
 def test_merge_fits_and_does_not_spill(dtype, aligned, statistics, arch, tmp_path):

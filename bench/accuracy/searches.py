@@ -94,7 +94,7 @@ SEARCHES = (
     Search(SEARCH_TASKS, 2, FEW, {"lora": RATES[1:4], "cobra": RATES[1:]}),
     Search(REGRESSIONS[:1], 2, FEW, {"lora": (*RATES[2:], 1.6e-2), "cobra": RATES[2:], "singular": RATES[1:]}),
     Search(SEARCH_TASKS, 2, NOISY, {"lora": (6.25e-5, 1.25e-4, 2.5e-4, *RATES[:4]), "cobra": (1.25e-4, 2.5e-4, *RATES)}),
-    Search(SEARCH_TASKS, 32, {}, {"lora": RATES[1:4], "cobra": RATES[:3]}),
+    Search(SEARCH_TASKS, 32, {}, {"lora": RATES[:4], "cobra": (2.5e-4, *RATES[:3])}),
     Search(REGRESSIONS[:1], 32, {}, dict.fromkeys(PEERS[:2], RATES[:4])),
     Search(REGRESSIONS[:1], 2, LARGER, dict.fromkeys(PEERS[:2], RATES[1:])),
 )
