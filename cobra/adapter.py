@@ -17,7 +17,7 @@ from cobra.config import CobraConfig
 from cobra.cut import check_fits, warn_of_an_early_cut
 from cobra.deploy.cost import WORKSPACE
 from cobra.group import Group
-from cobra.linear import CobraLinear
+from cobra.linear import CobraLinear, nesting_encoders
 from cobra.lora import LoraAdapter, LoraLayer
 from cobra.merge import Merge, MergeReport, check_merge_options, merge_layers, merge_layers_in_place, probe_outputs
 from cobra.plan import RankPlan
@@ -57,7 +57,7 @@ class Adapter:
         self._mode_at_merge = model.training
         self._at_cut: StillParameters | None = None
         self._steps_since_change = 0  # of the set of parameters
-        self._nesting = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
+        self._nesting = nesting_encoders(model)
         self._set_nested_tensors(False)
         self._claim_layers()
         self._draw()
@@ -333,8 +333,13 @@ class Adapter:
         """Takes the adapter off without merging: the base model's modules and trainable flags as before `attach`.
 
         Heads that were trained (`modules_to_save`) stay as they are. The handle is of no more use but to read and save.
+
+        Raises ValueError where it is detached already, or merged in place and another adapter is attached since.
         """
+        if self._detached:
+            raise ValueError("the adapter is detached already")
         distributed.check_whole(self.state_dict(), "detach()")
+        self._check_in_place()
         if self._merged is not None and self._merged.originals is not None:
             self.unmerge()
         self._restore(site for group in self.groups for site in group.sites)
@@ -343,6 +348,13 @@ class Adapter:
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in self._trainable_before)
 
+    def _check_in_place(self) -> None:
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        ours = {id(layer) for group in self.groups for layer in group.all_layers}
+        for name, module in (named for group in self.groups for site in group.sites for named in site.modules):
+            if modules.get(name) is not module and id(modules.get(name)) not in ours:
+                raise ValueError(f"{name} is not this adapter's any more: detach() the other one first, or put the layer back")
+
     def _check_attached(self, what: str = "train") -> None:
         if self._detached:
             raise ValueError(f"the adapter is detached: there is nothing to {what}; attach anew")
@@ -350,7 +362,6 @@ class Adapter:
             raise ValueError(f"the adapter is merged: there is nothing to {what}; unmerge() it first")
 
     def _set_nested_tensors(self, allowed: bool) -> None:
-        """nn.TransformerEncoder packs its input for a fast path that adapted layers do not take."""
         for encoder in self._nesting:
             encoder.use_nested_tensor = allowed
 
@@ -375,6 +386,13 @@ class Adapter:
     def save_pretrained(self, folder: Path | str, layout: str = "compact") -> None:
         """Writes a plain LoRA checkpoint that peft loads (`cobra.export.peft`); of several ranks, rank 0 does."""
         lora = self.to_lora()
+        for names in ([name for name, _ in site.modules] for group in self.groups for site in group.sites):
+            if len(names) > 1:
+                warnings.warn(
+                    f"{' and '.join(names)} share one weight: unmerged this adapter is right, but peft's merge_and_unload "
+                    "would add its update once for each; merge it with cobra.load_adapter(folder).attach(model).merge()",
+                    stacklevel=2,
+                )
         if not distributed.rank():
             lora.save_pretrained(folder, layout)
 

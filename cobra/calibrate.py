@@ -21,7 +21,7 @@ from cobra.linear import CobraLinear
 from cobra.path import path_rule
 from cobra.progress import Progress
 from cobra.scores import Completeness, LayerScores
-from cobra.sites import Site, block_of, find_sites, fingerprint
+from cobra.sites import Site, blocks_of, find_sites, fingerprint
 from cobra.watch import frozen
 
 CHUNK_BYTES = {"cpu": 1 << 28}  # what the allocator hands out again: the first touch of more memory costs more than is saved
@@ -188,8 +188,9 @@ class _Collected:
             if bad:
                 raise ValueError(f"the {name} of {_some(bad)} is not finite; calibrate in fp32 or check these layers' weights")
         groups: dict[str, list[int]] = {}
+        block = blocks_of(site.name for site in sites)
         for i in used:
-            groups.setdefault(block_of(sites[i].name) if settings["granularity"] == "block" else sites[i].name, []).append(i)
+            groups.setdefault(block[sites[i].name] if settings["granularity"] == "block" else sites[i].name, []).append(i)
         grouped = torch.stack([attributed[:, g].sum(1) for g in groups.values()], 1)
         grouped_squared = torch.stack([squared[:, g].sum(1) for g in groups.values()], 1)
         residual_entry = entry - change

@@ -49,8 +49,9 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class CobraConfig:
-    """How an adapter is attached, trained and cut. The published form (COBRA, Eqs. 1-4) is `preset("paper", ...)`; the
-    defaults differ from it where measurements say so (docs/evidence.md).
+    """How an adapter is attached, trained and cut. The published form (COBRA, Eqs. 1-4) is `preset("paper", ...)`, with a
+    scale, a start of lora_A and a KL that docs/method.md names; the defaults differ from it where measurements say so
+    (docs/evidence.md).
 
     rank_budget: R, the ranks kept in total, one gate of a group counting 1; or a `Budget` in parameters, bytes or FLOPs, with
         ranks tied, in multiples or within limits

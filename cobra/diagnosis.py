@@ -35,7 +35,7 @@ from cobra.resampling import (
     resampled_layers,
 )
 from cobra.scores import LayerScores
-from cobra.sites import block_of
+from cobra.sites import blocks_of
 
 KIND = "diagnosis"
 SUBSET_PAIRS = 50
@@ -218,8 +218,8 @@ def diagnose(
 def by_block(scores: LayerScores) -> LayerScores:
     """Scores of single layers summed to transformer blocks, as calibrating with granularity="block" gives them."""
     groups: dict[str, list[int]] = {}
-    for i, name in enumerate(scores.sites):
-        groups.setdefault(block_of(name), []).append(i)
+    for i, block in enumerate(blocks_of(scores.sites).values()):
+        groups.setdefault(block, []).append(i)
     members = list(groups.values())
     summed = torch.stack([scores.attributions[:, g].sum(1) for g in members], 1)
     norms = scores.gradient_norms

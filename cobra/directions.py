@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cobra_kernels.precision import full_precision
+
 EXACT = 2048  # output features up to which the gradient is summed whole
 SKETCH = 512  # rows that stand for more of them, at least
 ROUNDING = 1e-6  # of the largest singular value; what is below is the sums' rounding in fp32, not a direction
@@ -30,7 +32,10 @@ class GradientSums:
 
     def add(self, site: int, x: Tensor, grad: Tensor) -> None:
         """x: (B, T, K) inputs, grad: (B, T, N) gradients of the outputs"""
-        x, grad = x.flatten(0, 1).float(), grad.flatten(0, 1).float()
+        with full_precision(x.device):
+            self._add(site, x.flatten(0, 1).float(), grad.flatten(0, 1).float())
+
+    def _add(self, site: int, x: Tensor, grad: Tensor) -> None:
         if grad.shape[1] > max(EXACT, self.rows):
             grad = grad @ self._sketch(grad.shape[1], grad.device)
         if site not in self.totals:

@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 HARD_STRETCH = (-0.1, 1.1)  # of hard-concrete gates (Louizos et al. 2018)
 
 
+def leave_fast_path(layer: nn.Module) -> None:
+    """nn.TransformerEncoderLayer's fast path reads weights and calls no module, unless one of them has a hook."""
+    layer.register_forward_pre_hook(_no_change)
+
+
+def nesting_encoders(model: nn.Module) -> list[nn.TransformerEncoder]:
+    """Those that pack their input for that fast path."""
+    return [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
+
+
 def _no_change(module: nn.Module, args: tuple) -> None:
     """A hook that does nothing."""
 
@@ -57,10 +67,10 @@ class CobraLinear(nn.Linear):
         self.straight_through = False
         self.stretch: tuple[float, float] | None = None
         self.backend = "auto"
+        self.borrowed: tuple[str, ...] = ()  # parameters that another layer has in its state
         self.cut: tuple[Tensor, Tensor] | None = None
         self.adapter: Adapter | None = None  # the handle this layer belongs to
-        # nn.TransformerEncoderLayer's fast path reads weights and calls no module, unless one of them has a hook
-        self.register_forward_pre_hook(_no_change)
+        leave_fast_path(self)
 
     @classmethod
     def from_linear(
@@ -111,10 +121,26 @@ class CobraLinear(nn.Linear):
     def sharing(cls, linear: nn.Module, other: CobraLinear) -> CobraLinear:
         """The adapted form of a module that computes with the same weight as `other`: one adapter, two biases."""
         layer = cls(linear, scaling=other.scaling, dropout=other.dropout)
-        layer.lora_A, layer.lora_B, layer.lora_gate = other.lora_A, other.lora_B, other.lora_gate
+        layer.borrow(other, "lora_A", "lora_B", "lora_gate")
         layer.straight_through, layer.stretch, layer.backend = other.straight_through, other.stretch, other.backend
         layer._add_gate_buffers()
         return layer
+
+    def borrow(self, other: CobraLinear, *names: str) -> None:
+        """Takes parameters of another layer, which alone has them in its state: writers refuse a tensor under two names."""
+        for name in names:
+            setattr(self, name, getattr(other, name))
+        self.borrowed = names
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.borrowed:
+            destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *errors):
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *errors)
+        missing_keys += [key for key in missing if key.removeprefix(prefix) not in self.borrowed]
 
     def _add_gate_buffers(self) -> None:
         device = self.weight.device

@@ -160,12 +160,17 @@ class RankPlan:
                 "group": site.name,
                 "rank": site.rank,
                 "gates": len(site.posterior),
-                "least_kept": min((site.values[k] for k in site.kept), default=None),
+                "least_kept": None if self.in_proportion else min((site.values[k] for k in site.kept), default=None),
                 "rank_parameters": site.cost,
             }
             for site in self.sites
             for member in site.members
         ]
+
+    @property
+    def in_proportion(self) -> bool:
+        """To scores: then all gates of a group have one probability, which decided nothing among them."""
+        return self.provenance.get("source") == "scores"
 
     def to_dataframe(self):
         """`rows` as a data frame (needs pandas)."""
@@ -193,8 +198,9 @@ class RankPlan:
         width = max([len(s.name) for s in self.sites] + [5])
         lines = [f"{'site':<{width}}  rank  least kept  best dropped  parameters"]
         for s in self.sites:
-            kept = [s.values[k] for k in s.kept]
-            dropped = [value for k, value in enumerate(s.values) if k not in set(s.kept)]
+            values = () if self.in_proportion else s.values
+            kept = [value for k, value in enumerate(values) if k in set(s.kept)]
+            dropped = [value for k, value in enumerate(values) if k not in set(s.kept)]
             spec = ".3g" if s.energy else ".3f"
             least = f"{min(kept):{spec}}" if kept else "-"
             best = f"{max(dropped):{spec}}" if dropped else "-"

@@ -11,6 +11,8 @@ from cobra.linear import CobraLinear
 from cobra.plan import SitePlan
 from cobra.singular import singular_directions
 
+FACTORED = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1}  # dimension of the matrix that a vector of Adafactor runs along
+
 
 def fold_factors(site: SitePlan, fold: str) -> Tensor:
     """(rank,) fp64: what each kept rank is multiplied with from now on."""
@@ -76,15 +78,25 @@ def _hand_over(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, cut: 
         site, dim, fold = cut
         kept, factors = torch.tensor(site.kept, device=old.device), fold_factors(site, fold).to(new)
         factors = factors if dim else factors[:, None]
-        optimizer.state[new] = {key: _cut_state(key, value, old.shape, dim, kept, factors) for key, value in state.items()}
+        optimizer.state[new] = {
+            key: _cut_state(key, value, old.shape, dim, kept, factors.pow(_power(key, state))) for key, value in state.items()
+        }
+
+
+def _power(key: str, state: dict) -> int:
+    """B' = c B has the gradient dL/dB / c: what first moments are divided by is c, and c² for second moments."""
+    if key == "acc_delta":  # Adadelta's squares of steps, which are c times as long
+        return -2
+    if key == "momentum_buffer" and "square_avg" in state:  # RMSprop's, of gradients over their size
+        return 0
+    return 2 if "sq" in key or "var" in key or key == "sum" else 1
 
 
 def _cut_state(key: str, value: object, shape: torch.Size, dim: int, kept: Tensor, factors: Tensor) -> object:
-    if isinstance(value, Tensor) and value.shape == shape[dim : dim + 1]:
+    if isinstance(value, Tensor) and value.shape == shape[dim : dim + 1] and FACTORED.get(key, dim) == dim:
         value, factors = value.index_select(0, kept), factors.flatten()
     elif isinstance(value, Tensor) and value.ndim == len(shape) and value.shape[dim] == shape[dim]:
         value = value.index_select(dim, kept)
     else:
         return value  # a counter, or a moment averaged over the ranks
-    # B' = c B has the gradient dL/dB / c: first moments scale by 1/c, second moments by 1/c²
-    return value / factors.square() if "sq" in key or "var" in key or key == "sum" else value / factors
+    return value / factors

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cobra.distributed import whole
 from cobra.linear import CobraLinear
@@ -31,7 +32,8 @@ class Directions(NamedTuple):
 
 @torch.no_grad()
 def singular_directions(layer: CobraLinear) -> Directions:
-    """The update of a layer in its singular basis, in fp64, gates folded in; rows of lora_A at the length of drawn ones.
+    """The update of a layer in its singular basis, in fp64, gates folded in; rows of lora_A at the length of drawn ones. Ranks
+    beyond the layer's features are 0.
 
     Raises ValueError for matrices that are not finite.
     """
@@ -42,6 +44,8 @@ def singular_directions(layer: CobraLinear) -> Directions:
         raise ValueError("the update is not finite: the training diverged; lower the learning rate")
     Q_B, R_B = torch.linalg.qr(lora_B)
     Q_A, R_A = torch.linalg.qr(lora_A.t())
-    U, sigma, Vt = torch.linalg.svd(R_B @ R_A.t())
+    U, sigma, Vt = torch.linalg.svd(R_B @ R_A.t(), full_matrices=False)
     energy = (layer.scaling * sigma).square()
-    return Directions(ROW_NORM * Vt @ Q_A.t(), Q_B @ U * (sigma / ROW_NORM), energy)
+    beyond = layer.rank - len(sigma)
+    rows, columns = ROW_NORM * Vt @ Q_A.t(), Q_B @ U * (sigma / ROW_NORM)
+    return Directions(F.pad(rows, (0, 0, 0, beyond)), F.pad(columns, (0, beyond)), F.pad(energy, (0, beyond)))

@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +114,18 @@ def block_of(name: str) -> str:
     """The transformer block a module belongs to: its name up to the first number, or the whole name where there is none."""
     match = re.match(r"(.*?(?:^|\.)\d+)(?:\.|$)", name)
     return match[1] if match else name
+
+
+def blocks_of(names: Iterable[str]) -> dict[str, str]:
+    """Name -> its transformer block. A number that all names begin with, as in an nn.Sequential around a model, is no block
+    where another one follows."""
+    names = list(names)
+    inner, outer = names, ""
+    while True:
+        first, inner = {name.partition(".")[0] for name in inner}, [name.partition(".")[2] for name in inner]
+        if len(first) != 1 or not min(first).isdigit() or not any(re.search(r"(?:^|\.)\d+(?:\.|$)", name) for name in inner):
+            return {name: outer + block_of(name.removeprefix(outer)) for name in names}
+        outer += f"{min(first)}."
 
 
 def language_head(model: nn.Module) -> nn.Module | None:

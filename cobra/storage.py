@@ -54,7 +54,18 @@ def write_tensors(path: Path | str, tensors: dict[str, Tensor], kind: str, meta:
     """A safetensors file with `meta` as JSON in its header, under the key "cobra"."""
     # one key alone: safetensors writes several in any order, and the same scores would be other bytes
     header = {"cobra": json.dumps({"kind": kind, "version": 1, **meta})}
-    write_bytes(path, save({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, header))
+    write_bytes(path, save(_apart(tensors), header))
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, and copied where one shares memory with another, which safetensors refuses."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous().cpu()
+        found[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in taken else tensor
+        taken.add(found[name].untyped_storage().data_ptr())
+    return found
 
 
 def read_json(path: Path | str, kind: str) -> dict:

@@ -58,10 +58,10 @@ def require_triton(x: Tensor) -> None:
 
 
 def triton_operations() -> list[str]:
-    """Operations that have Triton kernels: <op>_triton.py beside <op>.py."""
+    """Operations that have Triton kernels: <op>_triton.py beside <op>.py, and `gates_and_kl`, which is gates_triton.py."""
     here = Path(__file__).parent
     names = (path.stem.removesuffix("_triton") for path in here.glob("*_triton.py"))
-    return sorted(name for name in names if (here / f"{name}.py").is_file())
+    return sorted(["gates_and_kl", *(name for name in names if (here / f"{name}.py").is_file())])
 
 
 def describe_triton() -> str:

@@ -230,6 +230,22 @@ def test_detach_gives_the_model_back(path):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+def test_a_shared_gate_is_in_the_state_once(tmp_path):
+    """Transformers' own saving refuses tensors under two names; loading, strictly, moves the gate of all its layers."""
+    model, adapter = attached(granularity="block")
+    stir(adapter)
+    state = model.state_dict()
+    assert sum(name.endswith("lora_gate") for name in state) == len(adapter.groups)
+    assert sum(name.endswith("lora_A") for name in state) > len(adapter.groups)
+    model.save_pretrained(tmp_path)
+    other, theirs = attached(granularity="block")
+    other.load_state_dict(state)
+    assert same(gates_of(theirs), gates_of(adapter)) and torch.equal(logits_of(other, BATCH), logits_of(model, BATCH))
+    del state[next(name for name in state if name.endswith("lora_gate"))]
+    with pytest.raises(RuntimeError, match=r"Missing key.*lora_gate"):
+        other.load_state_dict(state)
+
+
 @pytest.mark.parametrize("what", ["model", "adapter"])
 def test_deepcopy(what):
     """A copy computes the same and lives its own life; a copied adapter drives the copied model."""
@@ -276,6 +292,20 @@ def test_disabled_draws_nothing():
     assert torch.equal(torch.get_rng_state(), before)
     logits_of(model, BATCH)
     assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_detach_leaves_other_adapters_alone():
+    """After a merge in place, and the second time."""
+    model, first = attached()
+    first.merge(reversible=False)
+    second = cobra.attach(model, first.config)
+    with pytest.raises(ValueError, match="is not this adapter's any more"):
+        first.detach()
+    assert {id(m) for m in model.modules()} >= {id(layer) for layer in layers_of(second)}
+    second.detach()
+    with pytest.raises(ValueError, match="detached already"):
+        second.detach()
+    first.detach()
 
 
 def test_a_detached_handle_trains_nothing():

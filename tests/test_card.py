@@ -117,6 +117,15 @@ def test_budget(layout, tmp_path):
     assert f"on {sum(rank > 0 for rank in plan.ranks.values())} of 21 linear layers" in card
 
 
+@pytest.mark.parametrize(
+    ("budget", "said"), [(6, "6 ranks"), (cobra.Budget(30, minimum=1), "30 ranks"), (cobra.Budget(900, "bytes"), "900 bytes")]
+)
+def test_budget_of_an_adapter_that_is_not_cut(budget, said, tmp_path):
+    adapter = cobra.attach(llama(), cobra.CobraConfig(budget, r_max=2, gate="open"))
+    adapter.save_pretrained(tmp_path / "a")
+    assert f"| budget | {said} |" in (tmp_path / "a" / "README.md").read_text()
+
+
 def test_engines():
     """What the check says of this layout and of the other; the flag is the smallest that vLLM allows."""
 

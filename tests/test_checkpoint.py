@@ -344,3 +344,24 @@ def test_settings_that_no_file_can_keep(tmp_path):
     with pytest.raises(ValueError, match="holds a Tensor, which no checkpoint can keep"):
         run.save(tmp_path / "run.cobra")
     assert not any(tmp_path.iterdir())
+
+
+def test_heads_with_tied_tensors(tmp_path):
+    """A masked language head has its bias under two names."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    def started():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        model = BertForMaskedLM(BertConfig(vocab_size=40, **sizes))
+        config = cobra.CobraConfig(4, r_max=2, gate="open", target_modules=("query", "value"), modules_to_save=("cls",))
+        return model, cobra.attach(model, config)
+
+    model, adapter = started()
+    stir(adapter)
+    with torch.no_grad():
+        model.cls.predictions.bias.fill_(0.5)
+    adapter.save_checkpoint(tmp_path / "a")
+    other, theirs = started()
+    theirs.load_checkpoint(tmp_path / "a")
+    assert all(torch.equal(found, model.state_dict()[name]) for name, found in other.state_dict().items())

@@ -88,6 +88,16 @@ def test_wide_layers_are_sketched():
     assert torch.linalg.svdvals(overlap).min() > 0.99
 
 
+def test_sums_are_in_full_precision_under_autocast():
+    """Of layers that are sketched too."""
+    x, grad = torch.randn(2, 3, 5), torch.randn(2, 3, module.EXACT + 1)
+    plain, cast = GradientSums(), GradientSums()
+    plain.add(0, x, grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast.add(0, x, grad)
+    assert torch.equal(cast.totals[0], plain.totals[0])
+
+
 def test_directions_are_of_the_mean_gradient():
     """Over batches of different sizes, against autograd with weights that train."""
     model, batches = Mlp(), [mlp_batch(5), mlp_batch(3)]

@@ -102,6 +102,7 @@ CASES = {
     ),
     "dora": (dora, dict.fromkeys(SERVING, "use_dora is set: DoRA is not implemented")),
     "pissa": (settings(init_lora_weights="pissa"), dict.fromkeys(SERVING, "init_lora_weights='pissa' belongs to a base model")),
+    "lora-ga": (settings(init_lora_weights="lora_ga"), dict.fromkeys(ENGINES, "init_lora_weights='lora_ga' belongs to a base")),
     "unknown-init": (settings(init_lora_weights="ours"), dict.fromkeys(ENGINES, "init_lora_weights='ours'")),
     "alpha-0": (settings(lora_alpha=0), {"gguf": "scale 1 instead of 0"}),
     "no-alpha": (without_alpha, dict.fromkeys(SERVING, "adapter_config.json has no lora_alpha")),
@@ -114,7 +115,8 @@ CASES = {
 }
 # what the loaders alone cannot show: a base model that changed, a head that is lost, checks that come later
 UNSEEN = {("head", "sglang"), ("alora", "sglang"), ("alora", "peft"), ("alora", "transformers")}
-UNSEEN |= {(case, engine) for case in ("pissa", "unknown-init", "replicated") for engine in ("sglang", "gguf")}
+UNSEEN |= {(case, engine) for case in ("pissa", "lora-ga", "unknown-init", "replicated") for engine in ("sglang", "gguf")}
+UNSEEN |= {("lora-ga", "peft"), ("lora-ga", "transformers")}
 UNSEEN |= {("replicated", "peft"), ("replicated", "transformers")}
 
 

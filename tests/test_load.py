@@ -123,6 +123,36 @@ def test_bad_folders(spoil, message, tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora", "lora_ga"])
+def test_inits_that_change_the_base_model_are_refused(init, tmp_path):
+    """Their update is one of weights that the folder does not hold; peft, told the initial weights, writes a plain one."""
+    peft_folder(vit, tmp_path / "plain")
+    config = tmp_path / "plain" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": init}))
+    with pytest.raises(FormatError, match=f"init_lora_weights='{init}' belongs to a base model whose weights were changed"):
+        load_adapter(tmp_path / "plain")
+
+
+def test_pissa_as_peft_converts_it(tmp_path):
+    """The way out that the refusal names: the same logits on the base model as it was."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    model = get_peft_model(vit(), LoraConfig(r=4, lora_alpha=4, target_modules=["fc1"], init_lora_weights="pissa"))
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.05 * torch.randn_like(p))
+    expected = logits_of(model.eval(), image_batch())
+    model.save_pretrained(tmp_path / "pissa", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    ours = vit()
+    load_adapter(tmp_path / "pissa").attach(ours)
+    torch.testing.assert_close(logits_of(ours.eval(), image_batch()), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_half_precision_files(tmp_path):
     """Matrices stored in bf16 are read as fp32, so that scaling them does not round."""
     peft_folder(vit, tmp_path, lora_alpha=6)

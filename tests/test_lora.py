@@ -77,6 +77,24 @@ def test_attached_adapter_trains_merges_and_is_cut():
     assert again.plan.total == 4
 
 
+def test_a_cut_keeps_what_carries_the_update():
+    """Whichever of an adapter's ranks that is; a small update of another layer takes no rank from it."""
+    model = nn.Sequential(nn.Linear(10, 12), nn.Linear(12, 3))
+    big = LoraLayer(torch.randn(4, 10), torch.randn(12, 4) * torch.tensor([0.0, 0.1, 0.1, 5.0]))
+    wide = LoraLayer(torch.randn(5, 12), 1e-6 * torch.randn(3, 5))  # of more ranks than the layer has outputs
+    adapter = LoraAdapter({"0": big, "1": wide}).attach(model)
+    plan = adapter.extract(2)
+    assert plan.ranks == {"0": 2, "1": 0}
+    x = torch.randn(5, 10)
+    whole = model(x)
+    adapter.apply(plan)
+    assert (model(x) - whole).norm() < 0.1 * whole.norm()
+    everything = LoraAdapter({"0": big, "1": wide}).attach(nn.Sequential(nn.Linear(10, 12), nn.Linear(12, 3)))
+    before = everything.model(x)
+    everything.apply(everything.extract(9))
+    torch.testing.assert_close(everything.model(x), before, rtol=1e-4, atol=1e-5)
+
+
 @MODELS
 def test_combined_adapters(build, batch):
     """ΔW = 0.7 ΔW_1 - 0.2 ΔW_2, to the last digits; layers that one of them lacks are the other's alone."""
@@ -186,6 +204,15 @@ def test_quantised_layers_ask_for_a_choice():
     model.one.weight = nn.Parameter(torch.zeros(4, 6, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"one is a Linear, .* quantised, choose its dequantised form"):
         LoraAdapter({"one": layer()}).attach(model)
+
+
+def test_an_export_says_that_peft_would_merge_it_twice(tmp_path):
+    model = Small()
+    model.three = nn.Linear(6, 4)
+    model.three.weight = model.one.weight
+    adapter = cobra.attach(model, cobra.CobraConfig(2, r_max=2, gate="open", target_modules=("one", "three")))
+    with pytest.warns(UserWarning, match="one and three share one weight: .* merge_and_unload"):
+        adapter.save_pretrained(tmp_path / "a")
 
 
 def test_two_updates_for_one_weight():

@@ -212,6 +212,7 @@ def test_plan_from_scores_is_proportional(scores):
     assert ((ranks - shares).abs() < 1.0 + 0.02 * shares).all()
     assert [site.members for site in plan.sites] == list(scores.members)
     assert plan.fingerprint == scores.fingerprint
+    assert {row["least_kept"] for row in plan.rows()} == {None} and plan.table().splitlines()[1].split()[2:4] == ["-", "-"]
 
 
 @pytest.mark.filterwarnings("ignore:the path integral misses")

@@ -212,6 +212,36 @@ def test_batches_second_are_refused():
         serve(model, {"a": lora})
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_transformer_encoder_calls_its_adapters(masked):
+    """torch's encoder has a fast path in evaluation mode that reads weights and would leave adapters out."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    lora = LoraAdapter({"layers.0.linear1": LoraLayer(torch.randn(2, 8), torch.randn(16, 2))})
+    x, mask = torch.randn(3, 5, 8), torch.arange(5).expand(3, 5) >= torch.tensor([[5], [3], [4]])
+    options = {"src_key_padding_mask": mask} if masked else {}
+    valid = ~mask if masked else slice(None)
+    with torch.no_grad():
+        plain = model(x, **options)
+        served = serve(model, {"a": lora})
+        with served.use("a"):
+            found = model(x, **options)
+        served.detach()
+        assert model.use_nested_tensor and torch.equal(model(x, **options), plain)
+        lora.attach(model).merge()
+        torch.testing.assert_close(found[valid], model(x, **options)[valid], rtol=1e-4, atol=1e-5)
+
+
+def test_autocast():
+    """Layers get inputs in fp32, as norms leave them, and compute in bf16."""
+    adapters, model = adapters_of(vit), vit().eval()
+    served = serve(model, adapters)
+    with torch.autocast("cpu", torch.bfloat16), served.use(["a0", "a1", None, "a2"]):
+        found = logits_of(model, image_batch()).float()
+    with served.use(["a0", "a1", None, "a2"]):
+        expected = logits_of(model, image_batch())
+    assert 0 < ((found - expected).norm() / expected.norm()) < 0.05
+
+
 def test_training_is_refused():
     model = vit()
     with serve(model, adapters_of(vit)).use("a0"), pytest.raises(RuntimeError, match="no backward"):

@@ -151,10 +151,19 @@ def adamw(groups):
     return torch.optim.AdamW(groups, eps=1e-12, weight_decay=0.0, amsgrad=True)
 
 
-@pytest.mark.parametrize("optimizer_class", [adamw, rmsprop, adagrad, momentum])
+def rmsprop_momentum(groups):
+    return torch.optim.RMSprop(groups, eps=1e-12, momentum=0.9)
+
+
+def adadelta(groups):
+    return torch.optim.Adadelta(groups, lr=1.0, eps=1e-24)
+
+
+@pytest.mark.parametrize("optimizer_class", [adamw, rmsprop, rmsprop_momentum, adagrad, momentum, adadelta])
 def test_fold_mean_rescales_the_moments(optimizer_class):
     """B' = c B has the gradient dL/dB / c. So an optimizer that divides by the gradients' size moves B' next by what it would
-    have moved B, one that follows the gradient by 1/c of that; and A as if nothing had been folded.
+    have moved B, one that follows the gradient by 1/c of that, and Adadelta, which keeps the parameters' units, by c times
+    that; and A as if nothing had been folded.
     """
     before, after = [], []
     for folds in (False, True):
@@ -167,9 +176,38 @@ def test_fold_mean_rescales_the_moments(optimizer_class):
         after.append({name: matrices_of(layer) for name, layer in layers_of(adapter).items()})
     for name, c in gates.items():
         plain, folded = ({k: new[name][k] - old[name][k] for k in old[name]} for old, new in zip(before, after, strict=True))
-        by_size = optimizer_class is not momentum
+        expected = plain["lora_B"] * {momentum: 1 / c, adadelta: c}.get(optimizer_class, 1)
         torch.testing.assert_close(folded["lora_A"], plain["lora_A"], rtol=1e-2, atol=2e-6)
-        torch.testing.assert_close(folded["lora_B"], plain["lora_B"] if by_size else plain["lora_B"] / c, rtol=1e-2, atol=2e-6)
+        torch.testing.assert_close(folded["lora_B"], expected, rtol=1e-2, atol=2e-6)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(6, 4), (4, 6), (6, 8)])
+def test_factored_moments_of_layers_as_wide_as_they_have_ranks(inputs, outputs):
+    """Transformers' Adafactor keeps a vector for each side of a matrix; where the sides are equal, its key tells them apart."""
+    from transformers import Adafactor
+
+    model = nn.Sequential(nn.Linear(inputs, outputs))
+    adapter = cobra.attach(model, cobra.CobraConfig(2, r_max=4, gate="mean", basis="gates"))
+    stir(adapter)
+    optimizer = Adafactor(adapter.parameter_groups(lr=1e-2), relative_step=False, scale_parameter=False)
+
+    def step():
+        model(torch.randn(3, inputs)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    layer = layers_of(adapter)["0"]
+    before = {name: dict(optimizer.state[p]) for name, p in matrices_of(layer).items()}
+    plan = adapter.extract()
+    adapter.apply(plan, optimizer)
+    kept = list(plan.sites[0].kept)
+    after = {name: optimizer.state[p] for name, p in matrices_of(layers_of(adapter)["0"]).items()}
+    assert torch.equal(after["lora_A"]["exp_avg_sq_row"], before["lora_A"]["exp_avg_sq_row"][kept])
+    assert torch.equal(after["lora_B"]["exp_avg_sq_col"], before["lora_B"]["exp_avg_sq_col"][kept])
+    assert torch.equal(after["lora_A"]["exp_avg_sq_col"], before["lora_A"]["exp_avg_sq_col"])
+    assert torch.equal(after["lora_B"]["exp_avg_sq_row"], before["lora_B"]["exp_avg_sq_row"])
+    step()
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.Adafactor])

@@ -8,7 +8,7 @@ import torch
 from models import minilm
 from torch import nn
 
-from cobra.sites import block_of, find_sites, fingerprint
+from cobra.sites import block_of, blocks_of, find_sites, fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +232,20 @@ def test_conv1d():
 )
 def test_block_of(name, block):
     assert block_of(name) == block
+
+
+@pytest.mark.parametrize(
+    ("names", "blocks"),
+    [
+        (["0.layers.0.q", "0.layers.1.q", "0.pooler"], ["0.layers.0", "0.layers.1", "0.pooler"]),
+        (["0.0.h.4.q", "0.0.h.4.k"], ["0.0.h.4", "0.0.h.4"]),
+        (["0.q", "0.k"], ["0", "0"]),
+        (["0.up", "2"], ["0", "2"]),
+        (["layers.0.experts.1.up", "layers.0.experts.2.up"], ["layers.0", "layers.0"]),
+    ],
+)
+def test_blocks_within_what_is_around_the_model(names, blocks):
+    assert list(blocks_of(names).values()) == blocks
 
 
 def test_fingerprint_knows_the_checkpoint(model):

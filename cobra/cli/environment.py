@@ -26,7 +26,7 @@ def describe() -> dict[str, str]:
     facts |= {name: _version(name) for name in LIBRARIES}
     built = extension.load() is not None
     facts["C++ extension"] = (
-        "active: gate words, adapter products in fp32, merge"
+        "active: gates and their KL, adapter products in fp32, conductance, merge"
         if built
         else "not built: torch does its work, slower (no C++ compiler at install?)"
     )

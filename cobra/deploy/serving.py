@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cobra.linear import CobraLinear
+from cobra.linear import CobraLinear, leave_fast_path, nesting_encoders
 from cobra.lora import LoraAdapter, LoraLayer, check_layer
 from cobra.sites import find_sites, is_conv1d, linear_weight
 from cobra_kernels.packed_lora import Segments, packed_lora_, segment_tokens
@@ -31,6 +31,7 @@ class PackedLinear(nn.Linear):
         self.weight, self.bias, self.transposed = linear.weight, linear.bias, is_conv1d(linear)
         self.out_features, self.in_features = linear_weight(linear).shape
         self.rows, self.ranks = rows, ()
+        leave_fast_path(self)
         self.register_buffer("lora_A", self.weight.new_empty(0, self.in_features), persistent=False)
         self.register_buffer("lora_B", self.weight.new_empty(0, self.out_features).t(), persistent=False)
         self.train(linear.training)
@@ -54,9 +55,8 @@ class PackedLinear(nn.Linear):
         tokens = self.rows.of_tokens(x)
         if tokens is None or not sum(self.ranks):
             return y
-        packed_lora_(
-            y.view(-1, self.out_features), x.reshape(-1, self.in_features), self.lora_A, self.lora_B, self.ranks, tokens
-        )
+        x, lora_A, lora_B = (t.to(y.dtype) for t in (x, self.lora_A, self.lora_B))  # autocast's, where it is on
+        packed_lora_(y.view(-1, self.out_features), x.reshape(-1, self.in_features), lora_A, lora_B, self.ranks, tokens)
         return y
 
     def extra_repr(self) -> str:
@@ -98,6 +98,12 @@ class ServedAdapters:
     def __init__(self, model: nn.Module, layers: dict[str, PackedLinear], modules: dict[str, nn.Module], rows: Rows):
         self.model, self._layers, self._modules, self._rows = model, layers, modules, rows
         self.names: tuple[str, ...] = ()
+        self._nesting = nesting_encoders(model)
+        self._set_nested_tensors(False)
+
+    def _set_nested_tensors(self, allowed: bool) -> None:
+        for encoder in self._nesting:
+            encoder.use_nested_tensor = allowed
 
     @contextmanager
     def use(self, rows: str | Sequence[str | None]) -> Iterator[None]:
@@ -142,6 +148,7 @@ class ServedAdapters:
         for name, module in self._modules.items():
             module.train(self.model.training)
             self.model.set_submodule(name, module)
+        self._set_nested_tensors(True)
 
     @property
     def parameters(self) -> int:

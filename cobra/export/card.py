@@ -113,12 +113,12 @@ def _what(adapter: LoraAdapter, layout: str) -> str:
 def _budget(adapter: LoraAdapter, layout: str) -> str:
     ranks, plan, config = adapter.ranks, adapter.provenance.get("plan") or {}, adapter.provenance.get("config") or {}
     made = plan.get("provenance") or {}
-    budget, rows = made.get("budget"), []
+    budget, rows = made.get("budget") or config.get("rank_budget"), []
     if isinstance(budget, dict) and "amount" in budget:
         spent = f", {made['spent']:,} spent" if "spent" in made else ""
         rows.append(["budget", f"{budget['amount']:,} {budget.get('unit', 'ranks')}{spent}"])
-    elif "rank_budget" in config:
-        rows.append(["budget", f"{config['rank_budget']:,} ranks"])
+    elif isinstance(budget, int):
+        rows.append(["budget", f"{budget:,} ranks"])
     if plan.get("sites"):
         rows.append(["ranks kept", f"{sum(len(site['kept']) for site in plan['sites']):,} in {len(plan['sites'])} groups"])
     rows.append(["rank of a layer", f"{min(ranks.values())} to {max(ranks.values())}"])

@@ -60,6 +60,8 @@ def peft_rules(c: Checkpoint) -> Iterator[Finding]:
     init = c.config.get("init_lora_weights")
     if isinstance(init, str) and not re.fullmatch("|".join([*PLAIN_INITS, *BASE_CHANGING_INITS]), init.lower()):
         yield Finding("error", f"init_lora_weights={init!r} is not known", "set it to true: weights are loaded anyway")
+    if init == "lora_ga":  # what the others change peft changes again
+        yield from changed_base(c)
     ignored = [name for name in c.others if not _peft_reads(c, name)]
     if ignored:
         yield Finding("warning", f"{few(ignored)}: keys of no LoRA layer, ignored in silence", "leave them out of the file")

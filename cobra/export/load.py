@@ -9,6 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cobra.export.folder import CONFIG, PREFIX, TENSORS, Checkpoint, read_checkpoint
+from cobra.export.rules import changes_base
 from cobra.lora import LoraAdapter, LoraLayer
 from cobra.storage import FormatError, read_json
 
@@ -26,7 +27,8 @@ def load_adapter(folder: Path | str) -> LoraAdapter:
     """The adapter of a folder, its scaling folded into lora_B. No pickle is ever opened.
 
     Raises FileNotFoundError, and FormatError for files that are truncated or contradict one another, and for adapters
-    that are no plain LoRA on linear layers (DoRA, AdaLoRA, biases, embeddings, expert tensors), naming file, key and way out.
+    that are no plain LoRA on linear layers (DoRA, AdaLoRA, PiSSA, biases, embeddings, expert tensors), naming file, key and
+    way out.
     """
     folder = Path(folder)
     checkpoint = read_checkpoint(folder)
@@ -56,6 +58,11 @@ def _check_plain(path: Path, config: dict) -> None:
             raise FormatError(f"{path}: {field} is set: {what} is no plain low-rank update; merge it with peft instead")
     if config.get("bias", "none") != "none":
         raise FormatError(f"{path}: bias={config['bias']!r} trains the base model's biases, which no LoRA layer holds")
+    if changes_base(init := config.get("init_lora_weights")):
+        raise FormatError(
+            f"{path}: init_lora_weights={init!r} belongs to a base model whose weights were changed at the start of training; "
+            "save it with peft's path_initial_model_for_weight_conversion, or load the changed base and set the field to true"
+        )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

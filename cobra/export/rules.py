@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from cobra.export.folder import Checkpoint
 
 # inits that only choose where training starts; every other one also changes the base model's weights
-PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-BASE_CHANGING_INITS = ("pissa", r"pissa_niter_\d+", "olora", "corda", "loftq")
+PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+BASE_CHANGING_INITS = ("pissa", r"pissa_niter_\d+", "olora", "corda", "loftq", "lora_ga")
 VARIANTS = {
     "use_dora": "DoRA",
     "lora_bias": "a bias in lora_B",
@@ -60,12 +60,17 @@ def fused_experts(c: Checkpoint) -> Iterator[Finding]:
 
 def changed_base(c: Checkpoint) -> Iterator[Finding]:
     init = c.config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower() not in PLAIN_INITS:
+    if changes_base(init):
         yield Finding(
             "error",
             f"init_lora_weights={init!r} belongs to a base model whose weights were changed at the start of training",
             "save it with peft's path_initial_model_for_weight_conversion; or serve the changed base and set it to true",
         )
+
+
+def changes_base(init: object) -> bool:
+    """Whether an adapter with this init_lora_weights is no update of the base model as it was."""
+    return isinstance(init, str) and init.lower() not in PLAIN_INITS
 
 
 def convolutions(c: Checkpoint) -> Iterator[Finding]:

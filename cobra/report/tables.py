@@ -18,9 +18,9 @@ def ranks(plan: RankPlan) -> Table:
     header = ["layer", "rank", "gates", "least kept", "best dropped", "parameters of a rank"]
     rows = []
     for site in plan.sites:
-        kept = set(site.kept)
-        least = min((site.values[k] for k in site.kept), default=None)
-        best = max((value for k, value in enumerate(site.values) if k not in kept), default=None)
+        kept, values = set(site.kept), () if plan.in_proportion else site.values
+        least = min((value for k, value in enumerate(values) if k in kept), default=None)
+        best = max((value for k, value in enumerate(values) if k not in kept), default=None)
         rows += [(member, site.rank, len(site.posterior), least, best, site.cost, site.name) for member in site.members]
     if all(row[0] == row[-1] for row in rows):
         return Table(tuple(header), [row[:-1] for row in rows])

@@ -13,7 +13,7 @@ from cobra.budget import allocate
 from cobra.cli.training.prepare import Subject
 from cobra.cli.training.settings import AVERAGE_RANK, TrainSettings
 from cobra.plan import rank_cost
-from cobra.sites import block_of, find_sites
+from cobra.sites import blocks_of, find_sites
 
 
 def adapter_config(settings: TrainSettings, subject: Subject) -> cobra.CobraConfig:
@@ -21,8 +21,10 @@ def adapter_config(settings: TrainSettings, subject: Subject) -> cobra.CobraConf
     search = max(1, round(settings.share_of_search * number_of_steps(settings, subject)))
     plain = settings.config(0, total_steps=search)
     shapes: dict[str, list[tuple[int, int]]] = {}
-    for site in find_sites(subject.model, plain.target_modules):
-        group = block_of(site.name) if settings.granularity == "block" else site.name
+    sites = find_sites(subject.model, plain.target_modules)
+    block = blocks_of(site.name for site in sites)
+    for site in sites:
+        group = block[site.name] if settings.granularity == "block" else site.name
         shapes.setdefault(group, []).append((site.in_features, site.out_features))
     costs = [rank_cost(settings.unit, group) for group in shapes.values()]
     amount = AVERAGE_RANK * sum(costs) if settings.budget is None else settings.budget
