@@ -161,12 +161,14 @@ def test_a_custom_loss_leaves_the_kl_alone(parts, tmp_path):
 
 
 @pytest.mark.parametrize("saved_at", [3, SEARCH, 7], ids=["in the search", "at the cut", "after the cut"])
-@pytest.mark.parametrize("build", [vit, gpt2])
-def test_resumed_run_ends_with_the_same_bits(build, saved_at, tmp_path):
+@pytest.mark.parametrize(
+    ("build", "grouped"), [(vit, {}), (gpt2, {"granularity": "block", "rank_budget": 4})], ids=["vit-site", "gpt2-block"]
+)
+def test_resumed_run_ends_with_the_same_bits(build, grouped, saved_at, tmp_path):
     """With dropout, decay, clipping, a schedule and accumulation. ViT's parameters have other names in the Trainer's own
-    checkpoint, which loads none of them."""
+    checkpoint, which loads none of them; GPT-2's are loaded from it, each block's gates among them."""
     changes = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2, "weight_decay": 0.1}
-    config = {"dropout": 0.1}
+    config = {"dropout": 0.1, **grouped}
     straight, adapter = trained(tmp_path / "straight", build, config, **changes)
     path = tmp_path / "straight" / f"checkpoint-{saved_at}"
     torch.manual_seed(1)
