@@ -17,7 +17,7 @@ from cobra.config import CobraConfig
 from cobra.cut import check_fits, warn_of_an_early_cut
 from cobra.deploy.cost import WORKSPACE
 from cobra.group import Group
-from cobra.linear import CobraLinear, nesting_encoders
+from cobra.linear import CobraLinear, adapters_of, nesting_encoders
 from cobra.lora import LoraAdapter, LoraLayer
 from cobra.merge import Merge, MergeReport, check_merge_options, merge_layers, merge_layers_in_place, probe_outputs
 from cobra.plan import RankPlan
@@ -25,6 +25,7 @@ from cobra.selection import select_ranks
 from cobra.shared import SharedInputs
 from cobra.sites import Site, fingerprint
 from cobra.still import StillParameters
+from cobra.tied import write_once
 from cobra.to_lora import to_lora
 from cobra_kernels import draw_words, gate_kl, gate_kl_sampled, gate_noise
 
@@ -60,6 +61,7 @@ class Adapter:
         self._nesting = nesting_encoders(model)
         self._set_nested_tensors(False)
         self._claim_layers()
+        write_once(model)
         self._draw()
 
     def _claim_layers(self) -> None:
@@ -334,12 +336,13 @@ class Adapter:
 
         Heads that were trained (`modules_to_save`) stay as they are. The handle is of no more use but to read and save.
 
-        Raises ValueError where it is detached already, or merged in place and another adapter is attached since.
+        Raises ValueError where it is detached already, and where another adapter is attached since a merge.
         """
         if self._detached:
             raise ValueError("the adapter is detached already")
         distributed.check_whole(self.state_dict(), "detach()")
-        self._check_in_place()
+        if any(adapter is not self for adapter in adapters_of(self.model)):
+            raise ValueError("another adapter is attached since; detach() or merge() that one first")
         if self._merged is not None and self._merged.originals is not None:
             self.unmerge()
         self._restore(site for group in self.groups for site in group.sites)
@@ -347,13 +350,6 @@ class Adapter:
         self._detached = True
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in self._trainable_before)
-
-    def _check_in_place(self) -> None:
-        modules = dict(self.model.named_modules(remove_duplicate=False))
-        ours = {id(layer) for group in self.groups for layer in group.all_layers}
-        for name, module in (named for group in self.groups for site in group.sites for named in site.modules):
-            if modules.get(name) is not module and id(modules.get(name)) not in ours:
-                raise ValueError(f"{name} is not this adapter's any more: detach() the other one first, or put the layer back")
 
     def _check_attached(self, what: str = "train") -> None:
         if self._detached:

@@ -18,7 +18,7 @@ from cobra.lora import LoraAdapter, LoraLayer, check_layer
 from cobra.prior import fuse, prior_logits
 from cobra.scores import LayerScores
 from cobra.singular import ROW_NORM
-from cobra.sites import Site, blocks_of, find_sites, fingerprint, is_quantised_linear, task_heads
+from cobra.sites import Site, blocks_of, find_sites, fingerprint, is_quantised_linear, linear_names, task_heads
 
 
 def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = None) -> Adapter:
@@ -37,7 +37,7 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
     sites = find_sites(model, config.target_modules, allow_quantised=True)
     if scores is not None:
         sites = _scored_sites(model, sites, config, scores)
-    members = _groups(sites, config, scores)
+    members = _groups(model, sites, config, scores)
     _check_backend(sites, config)
     ranks = [min(config.r_max, *(min(s.in_features, s.out_features) for s in group)) for group in members.values()]
     budget = Budget.of(config.rank_budget)
@@ -197,12 +197,12 @@ def _scored_sites(model: nn.Module, sites: list[Site], config: CobraConfig, scor
     return used
 
 
-def _groups(sites: list[Site], config: CobraConfig, scores: LayerScores | None) -> dict[str, list[Site]]:
+def _groups(model: nn.Module, sites: list[Site], config: CobraConfig, scores: LayerScores | None) -> dict[str, list[Site]]:
     """Sites that share gates, by the name of their group: as the scores have it, or else by the sites' own names."""
     if config.granularity == "site":
         return {site.name: [site] for site in sites}
     if scores is None:
-        block = blocks_of(site.name for site in sites)
+        block = blocks_of((site.name for site in sites), linear_names(model))
     else:
         block = {member: name for name, members in zip(scores.sites, scores.members, strict=True) for member in members}
     groups: dict[str, list[Site]] = {}
@@ -319,7 +319,7 @@ def _attach_group(
         if site.name in starts:
             _start_from(first, starts[site.name])
         if layers:
-            first.borrow(layers[0][0], "lora_gate")
+            first.lora_gate = layers[0][0].lora_gate
         layers.append(_replace(model, site, first))
     return Group(name, index, sites, layers, prior)
 

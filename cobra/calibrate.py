@@ -21,7 +21,7 @@ from cobra.linear import CobraLinear
 from cobra.path import path_rule
 from cobra.progress import Progress
 from cobra.scores import Completeness, LayerScores
-from cobra.sites import Site, blocks_of, find_sites, fingerprint
+from cobra.sites import Site, blocks_of, find_sites, fingerprint, linear_names
 from cobra.watch import frozen
 
 CHUNK_BYTES = {"cpu": 1 << 28}  # what the allocator hands out again: the first touch of more memory costs more than is saved
@@ -107,7 +107,7 @@ def calibrate(
         return collected.results({**settings, "fingerprint": fingerprint(sites)})
 
     collected = _Collected.of(distributed.gather_results(measure, "calibration", model_device(model)))
-    scores = collected.scores(sites, settings)
+    scores = collected.scores(sites, settings, linear_names(model))
     if not distributed.rank():
         _warn(scores, collected.tokens)
     return scores
@@ -171,7 +171,8 @@ class _Collected:
         self.batches += 1
         self.tokens |= tokens
 
-    def scores(self, sites: list[Site], settings: dict) -> LayerScores:
+    def scores(self, sites: list[Site], settings: dict, among: list[str]) -> LayerScores:
+        """among: the model's linear layers, for the names of blocks"""
         if not self.batches:
             raise ValueError("the calibration loader is empty: it yielded no batch")
         squared, attributed = torch.cat(self.squared), torch.cat(self.attributed)
@@ -188,7 +189,7 @@ class _Collected:
             if bad:
                 raise ValueError(f"the {name} of {_some(bad)} is not finite; calibrate in fp32 or check these layers' weights")
         groups: dict[str, list[int]] = {}
-        block = blocks_of(site.name for site in sites)
+        block = blocks_of((site.name for site in sites), among)
         for i in used:
             groups.setdefault(block[sites[i].name] if settings["granularity"] == "block" else sites[i].name, []).append(i)
         grouped = torch.stack([attributed[:, g].sum(1) for g in groups.values()], 1)

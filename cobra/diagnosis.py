@@ -218,7 +218,7 @@ def diagnose(
 def by_block(scores: LayerScores) -> LayerScores:
     """Scores of single layers summed to transformer blocks, as calibrating with granularity="block" gives them."""
     groups: dict[str, list[int]] = {}
-    for i, block in enumerate(blocks_of(scores.sites).values()):
+    for i, block in enumerate(blocks_of(scores.sites, [*scores.sites, *scores.unused]).values()):
         groups.setdefault(block, []).append(i)
     members = list(groups.values())
     summed = torch.stack([scores.attributions[:, g].sum(1) for g in members], 1)

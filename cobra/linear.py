@@ -67,7 +67,6 @@ class CobraLinear(nn.Linear):
         self.straight_through = False
         self.stretch: tuple[float, float] | None = None
         self.backend = "auto"
-        self.borrowed: tuple[str, ...] = ()  # parameters that another layer has in its state
         self.cut: tuple[Tensor, Tensor] | None = None
         self.adapter: Adapter | None = None  # the handle this layer belongs to
         leave_fast_path(self)
@@ -121,26 +120,10 @@ class CobraLinear(nn.Linear):
     def sharing(cls, linear: nn.Module, other: CobraLinear) -> CobraLinear:
         """The adapted form of a module that computes with the same weight as `other`: one adapter, two biases."""
         layer = cls(linear, scaling=other.scaling, dropout=other.dropout)
-        layer.borrow(other, "lora_A", "lora_B", "lora_gate")
+        layer.lora_A, layer.lora_B, layer.lora_gate = other.lora_A, other.lora_B, other.lora_gate
         layer.straight_through, layer.stretch, layer.backend = other.straight_through, other.stretch, other.backend
         layer._add_gate_buffers()
         return layer
-
-    def borrow(self, other: CobraLinear, *names: str) -> None:
-        """Takes parameters of another layer, which alone has them in its state: writers refuse a tensor under two names."""
-        for name in names:
-            setattr(self, name, getattr(other, name))
-        self.borrowed = names
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self.borrowed:
-            destination.pop(prefix + name, None)
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *errors):
-        missing: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *errors)
-        missing_keys += [key for key in missing if key.removeprefix(prefix) not in self.borrowed]
 
     def _add_gate_buffers(self) -> None:
         device = self.weight.device

@@ -116,16 +116,23 @@ def block_of(name: str) -> str:
     return match[1] if match else name
 
 
-def blocks_of(names: Iterable[str]) -> dict[str, str]:
-    """Name -> its transformer block. A number that all names begin with, as in an nn.Sequential around a model, is no block
-    where another one follows."""
-    names = list(names)
-    inner, outer = names, ""
+def blocks_of(names: Iterable[str], among: Iterable[str]) -> dict[str, str]:
+    """Name -> its transformer block. A number that all of `among` begin with, as in an nn.Sequential around a model, is no
+    block where another one follows.
+
+    among: of the model's linear layers, whichever of them are adapted
+    """
+    inner, outer = list(among), ""
     while True:
         first, inner = {name.partition(".")[0] for name in inner}, [name.partition(".")[2] for name in inner]
         if len(first) != 1 or not min(first).isdigit() or not any(re.search(r"(?:^|\.)\d+(?:\.|$)", name) for name in inner):
             return {name: outer + block_of(name.removeprefix(outer)) for name in names}
         outer += f"{min(first)}."
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Of all its linear layers, quantised ones too."""
+    return [name for name, module in model.named_modules() if is_linear(module) or is_quantised_linear(module)]
 
 
 def language_head(model: nn.Module) -> nn.Module | None:

@@ -1,6 +1,7 @@
 """The handle that trains: from attach to merge, and what must not change on the way."""
 
 import copy
+import dataclasses
 import math
 from functools import partial
 
@@ -241,6 +242,11 @@ def test_a_shared_gate_is_in_the_state_once(tmp_path):
     other, theirs = attached(granularity="block")
     other.load_state_dict(state)
     assert same(gates_of(theirs), gates_of(adapter)) and torch.equal(logits_of(other, BATCH), logits_of(model, BATCH))
+    part, twin = model.vit.layers[0].mlp.fc2, copy.deepcopy(model.vit.layers[0].mlp.fc2)
+    assert "lora_gate" in part.state_dict() and "lora_gate" in twin.state_dict()
+    assigned, third = attached(granularity="block")
+    assigned.load_state_dict(state, assign=True)
+    assert same(gates_of(third), gates_of(adapter)) and torch.equal(logits_of(assigned, BATCH), logits_of(model, BATCH))
     del state[next(name for name in state if name.endswith("lora_gate"))]
     with pytest.raises(RuntimeError, match=r"Missing key.*lora_gate"):
         other.load_state_dict(state)
@@ -294,13 +300,15 @@ def test_disabled_draws_nothing():
     assert not torch.equal(torch.get_rng_state(), before)
 
 
-def test_detach_leaves_other_adapters_alone():
-    """After a merge in place, and the second time."""
-    model, first = attached()
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_detach_leaves_other_adapters_alone(elsewhere):
+    """After a merge in place, on the same layers or on others; and the second time."""
+    model, first = attached(target_modules=("fc1",))
     first.merge(reversible=False)
-    second = cobra.attach(model, first.config)
-    with pytest.raises(ValueError, match="is not this adapter's any more"):
+    second = cobra.attach(model, dataclasses.replace(first.config, **({"target_modules": ("q_proj",)} if elsewhere else {})))
+    with pytest.raises(ValueError, match="another adapter is attached since"):
         first.detach()
+    assert all(p.requires_grad for layer in layers_of(second) for p in (layer.lora_A, layer.lora_B))
     assert {id(m) for m in model.modules()} >= {id(layer) for layer in layers_of(second)}
     second.detach()
     with pytest.raises(ValueError, match="detached already"):

@@ -1,5 +1,7 @@
 """Adapters apart from any model: put on their base model, put together, and what fits where."""
 
+import dataclasses
+
 import pytest
 import torch
 from models import attached, gpt2, image_batch, logits_of, minilm, review_batch, smollm2, state_of, stir, token_batch, vit
@@ -93,6 +95,18 @@ def test_a_cut_keeps_what_carries_the_update():
     before = everything.model(x)
     everything.apply(everything.extract(9))
     torch.testing.assert_close(everything.model(x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpoints_that_older_versions_wrote_of_it(tmp_path):
+    """Their basis was that of gates, of which there are none."""
+    lora = trained(vit)[1].to_lora()
+    older = lora.attach(vit())
+    older.config = dataclasses.replace(older.config, basis="gates")
+    older.groups[0].layers[0][0].lora_A.data += 1
+    older.save_checkpoint(tmp_path / "a")
+    newer = lora.attach(vit())
+    newer.load_checkpoint(tmp_path / "a")
+    assert all(torch.equal(found, newer.state_dict()[name]) for name, found in older.state_dict().items())
 
 
 @MODELS

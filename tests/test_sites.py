@@ -245,7 +245,8 @@ def test_block_of(name, block):
     ],
 )
 def test_blocks_within_what_is_around_the_model(names, blocks):
-    assert list(blocks_of(names).values()) == blocks
+    assert list(blocks_of(names, names).values()) == blocks
+    assert blocks_of(names[:1], names) == {names[0]: blocks[0]}  # whichever of them are adapted
 
 
 def test_fingerprint_knows_the_checkpoint(model):

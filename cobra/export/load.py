@@ -61,7 +61,8 @@ def _check_plain(path: Path, config: dict) -> None:
     if changes_base(init := config.get("init_lora_weights")):
         raise FormatError(
             f"{path}: init_lora_weights={init!r} belongs to a base model whose weights were changed at the start of training; "
-            "save it with peft's path_initial_model_for_weight_conversion, or load the changed base and set the field to true"
+            "save it with peft's path_initial_model_for_weight_conversion (LoftQ has none), or load the changed base and set "
+            "it to true"
         )
 
 

@@ -64,7 +64,8 @@ def changed_base(c: Checkpoint) -> Iterator[Finding]:
         yield Finding(
             "error",
             f"init_lora_weights={init!r} belongs to a base model whose weights were changed at the start of training",
-            "save it with peft's path_initial_model_for_weight_conversion; or serve the changed base and set it to true",
+            "save it with peft's path_initial_model_for_weight_conversion (LoftQ has none); or serve the changed base and "
+            "set it to true",
         )
 
 

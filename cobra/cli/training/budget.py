@@ -13,7 +13,7 @@ from cobra.budget import allocate
 from cobra.cli.training.prepare import Subject
 from cobra.cli.training.settings import AVERAGE_RANK, TrainSettings
 from cobra.plan import rank_cost
-from cobra.sites import blocks_of, find_sites
+from cobra.sites import blocks_of, find_sites, linear_names
 
 
 def adapter_config(settings: TrainSettings, subject: Subject) -> cobra.CobraConfig:
@@ -22,7 +22,7 @@ def adapter_config(settings: TrainSettings, subject: Subject) -> cobra.CobraConf
     plain = settings.config(0, total_steps=search)
     shapes: dict[str, list[tuple[int, int]]] = {}
     sites = find_sites(subject.model, plain.target_modules)
-    block = blocks_of(site.name for site in sites)
+    block = blocks_of((site.name for site in sites), linear_names(subject.model))
     for site in sites:
         group = block[site.name] if settings.granularity == "block" else site.name
         shapes.setdefault(group, []).append((site.in_features, site.out_features))
