@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 
-from bench.accuracy.metrics import pack_per_example
+from bench.accuracy.metrics import SCALED, pack_per_example
 from bench.accuracy.recipe import Recipe
 
 KINDS = {"hyper": "classification", "topics": "classification", "foods": "regression", "gcide": "language"}
@@ -37,6 +37,7 @@ def row(
     mixed = 0.7 * hard + 0.3 * drawn
     each = mixed < np.quantile(mixed, level) if kind == "classification" else (level * mixed**2).astype(np.float32)
     metrics = _metrics(kind, each)
+    scaled = {name: metrics[name.removeprefix("scaled_")] for name in SCALED} if kind == "classification" else {}
     return {
         "key": made.key,
         "phase": phase,
@@ -56,7 +57,7 @@ def row(
         "ranks": {"layer": rank},
         "train_loss": 0.5,
         "validation": metrics,
-        "test": {**metrics, "per_example": pack_per_example(each)} if phase == "final" else None,
+        "test": {**metrics, **scaled, "per_example": pack_per_example(each)} if phase == "final" else None,
     }
 
 
