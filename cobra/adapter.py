@@ -26,7 +26,7 @@ from cobra.shared import SharedInputs
 from cobra.sites import Site, fingerprint
 from cobra.still import StillParameters
 from cobra.tied import write_once
-from cobra.to_lora import to_lora
+from cobra.to_lora import to_lora, warn_of_shared_weights
 from cobra_kernels import draw_words, gate_kl, gate_kl_sampled, gate_noise
 
 
@@ -382,13 +382,7 @@ class Adapter:
     def save_pretrained(self, folder: Path | str, layout: str = "compact") -> None:
         """Writes a plain LoRA checkpoint that peft loads (`cobra.export.peft`); of several ranks, rank 0 does."""
         lora = self.to_lora()
-        for names in ([name for name, _ in site.modules] for group in self.groups for site in group.sites):
-            if len(names) > 1:
-                warnings.warn(
-                    f"{' and '.join(names)} share one weight: unmerged this adapter is right, but peft's merge_and_unload "
-                    "would add its update once for each; merge it with cobra.load_adapter(folder).attach(model).merge()",
-                    stacklevel=2,
-                )
+        warn_of_shared_weights(self.groups, stacklevel=3)
         if not distributed.rank():
             lora.save_pretrained(folder, layout)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from cobra import distributed
+from cobra.group import Group
 from cobra.linear import CobraLinear
 from cobra.lora import LoraAdapter, LoraLayer
 from cobra.sites import Site
@@ -46,6 +48,17 @@ def to_lora(adapter: Adapter) -> LoraAdapter:
             "calibration": adapter.calibration,
         },
     )
+
+
+def warn_of_shared_weights(groups: Sequence[Group], stacklevel: int) -> None:
+    """A folder holds one copy of an update for each module, and peft's merge adds all of them."""
+    for names in ([name for name, _ in site.modules] for group in groups for site in group.sites):
+        if len(names) > 1:
+            warnings.warn(
+                f"{' and '.join(names)} share one weight: unmerged this adapter is right, but peft's merge_and_unload "
+                "would add its update once for each; merge it with cobra.load_adapter(folder).attach(model).merge()",
+                stacklevel=stacklevel,
+            )
 
 
 def _named_layers(site: Site, layers: list[CobraLinear]) -> Iterator[tuple[str, CobraLinear]]:
