@@ -18,7 +18,16 @@ from cobra.lora import LoraAdapter, LoraLayer, check_layer
 from cobra.prior import fuse, prior_logits
 from cobra.scores import LayerScores
 from cobra.singular import ROW_NORM
-from cobra.sites import Site, blocks_of, find_sites, fingerprint, is_quantised_linear, linear_names, task_heads
+from cobra.sites import (
+    Site,
+    blocks_of,
+    find_sites,
+    fingerprint,
+    is_quantised_linear,
+    linear_names,
+    refuse_peft_layers,
+    task_heads,
+)
 
 
 def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = None) -> Adapter:
@@ -59,7 +68,8 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
     heads = _heads(model, config, sites)
 
     average_rank = budget.amount / (len(members) if budget.unit == "ranks" else sum(costs))
-    config, scaling = config.resolved(average_rank), config.scaling(average_rank)
+    cut = sum(map(math.prod, zip(ranks, costs, strict=True))) > allocation.spent
+    config, scaling = config.resolved(average_rank, cut=cut), config.scaling(average_rank)
 
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     model.requires_grad_(False)
@@ -74,6 +84,8 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
 
 def attach_lora(model: nn.Module, lora: LoraAdapter) -> Adapter:
     """Puts an adapter's matrices on its base model, all gates open and the scale 1 (it is in lora_B); heads are loaded.
+
+    Its layers have the mode of those that they replace: dropout is for training.
 
     Raises ValueError for an adapter already attached, and layers or heads that the model lacks or has in another shape; the
     model is then unchanged.
@@ -109,7 +121,7 @@ def attach_lora(model: nn.Module, lora: LoraAdapter) -> Adapter:
             site.name,
             i,
             [site],
-            [_replace(model, site, CobraLinear.from_lora(site.module, layers[site.name], lora.dropout))],
+            [_replace(model, site, CobraLinear.from_lora(site.module, layers[site.name], lora.dropout), site.module.training)],
             (0.0,) * layers[site.name].rank,
         )
         for i, site in enumerate(sites)
@@ -120,6 +132,7 @@ def attach_lora(model: nn.Module, lora: LoraAdapter) -> Adapter:
 def _check_free(model: nn.Module) -> None:
     if any(isinstance(module, CobraLinear) for module in model.modules()):
         raise ValueError("an adapter is attached already; detach() or merge() it first")
+    refuse_peft_layers(model)
 
 
 def _check_backend(sites: list[Site], config: CobraConfig) -> None:
@@ -324,12 +337,13 @@ def _attach_group(
     return Group(name, index, sites, layers, prior)
 
 
-def _replace(model: nn.Module, site: Site, first: CobraLinear) -> list[CobraLinear]:
-    """Puts the layer, and one like it for every other module of the weight, into the model."""
+def _replace(model: nn.Module, site: Site, first: CobraLinear, training: bool = True) -> list[CobraLinear]:
+    """Puts the layer, and one like it for every other module of the weight, into the model, in this mode."""
     adapted = {id(site.module): first}
     for name, module in site.modules:
         if id(module) not in adapted:
             adapted[id(module)] = CobraLinear.sharing(module, first)
+        adapted[id(module)].training = training  # of this module alone: a quantised layer within keeps its own
         model.set_submodule(name, adapted[id(module)])
     return list(adapted.values())
 

@@ -15,13 +15,13 @@ from cobra.batch import Batch, model_device
 from cobra.conductance import Attribution, attribute
 from cobra.config import CHOICES, TargetModules
 from cobra.directions import GradientSums, top_directions
-from cobra.entry import Baseline, find_entry
+from cobra.entry import TOKENS, Baseline, find_entry
 from cobra.gradient import GradientNorms, gradient_norms
 from cobra.linear import CobraLinear
 from cobra.path import path_rule
 from cobra.progress import Progress
 from cobra.scores import Completeness, LayerScores
-from cobra.sites import Site, blocks_of, find_sites, fingerprint, linear_names
+from cobra.sites import Site, blocks_of, find_sites, fingerprint, linear_names, refuse_peft_layers
 from cobra.watch import frozen
 
 CHUNK_BYTES = {"cpu": 1 << 28}  # what the allocator hands out again: the first touch of more memory costs more than is saved
@@ -66,7 +66,7 @@ def calibrate(
 
     Raises ValueError for an empty loader, rows of a dataset in the place of batches, labels all masked or of no class, losses
     or scores that are not finite, and what `find_sites`, `find_entry` and `path_rule` raise.
-    Warns of layers that are not used and of a poor quadrature.
+    Warns of layers that are not used, of those that do not depend on the path, and of a poor quadrature.
     """
     least = {"directions": (directions, 0), "max_examples": (max_examples, 1), "chunk_bytes": (chunk_bytes, 1)}
     _check_arguments(model, granularity, least)
@@ -102,14 +102,14 @@ def calibrate(
                     direct=estimator == "direct",
                     max_rows=max(1, int(chunk / 1.3) // max(1, norms.row_bytes)),  # the sweep holds site outputs too
                 )
-                collected.add(counted, norms, attribution, tokens=bool(entry.embeddings))
+                collected.add(counted, norms, attribution, entry.words)
                 bar.advance(batch.size)
         return collected.results({**settings, "fingerprint": fingerprint(sites)})
 
     collected = _Collected.of(distributed.gather_results(measure, "calibration", model_device(model)))
     scores = collected.scores(sites, settings, linear_names(model))
     if not distributed.rank():
-        _warn(scores, collected.tokens)
+        _warn(scores, collected.entered, [sites[i].name for i in sorted(collected.off_path)])
     return scores
 
 
@@ -122,6 +122,7 @@ def _check_arguments(model: nn.Module, granularity: str, least: dict[str, tuple[
             raise ValueError(f"{name}={value}: expected at least {smallest}")
     if any(isinstance(module, CobraLinear) for module in model.modules()):
         raise ValueError("an adapter is attached to the model; calibrate before attach(), or detach() or merge() it first")
+    refuse_peft_layers(model)
 
 
 class _Collected:
@@ -129,7 +130,8 @@ class _Collected:
 
     def __init__(self, directions: int = 0):
         self.squared, self.attributed, self.entry, self.change = [], [], [], []
-        self.called, self.reached, self.batches, self.tokens = frozenset(), frozenset(), 0, False
+        self.called, self.varied, self.reached = frozenset(), frozenset(), frozenset()
+        self.batches, self.entered = 0, ""
         self.sums = GradientSums(directions)
 
     @classmethod
@@ -146,30 +148,36 @@ class _Collected:
             for name, tensor in tensors.items():
                 if name.startswith("sum."):
                     collected.sums.merge(int(name.removeprefix("sum.")), tensor)
-            collected.called |= frozenset(values["called"])
-            collected.reached |= frozenset(values["reached"])
+            for name in ("called", "varied", "reached"):
+                setattr(collected, name, getattr(collected, name) | frozenset(values[name]))
             collected.batches += values["batches"]
-            collected.tokens |= values["tokens"]
+            collected.entered = collected.entered or values["entered"]
         return collected
 
     def results(self, measured: dict) -> distributed.Results:
         """For the other ranks; `measured`: what must be the same on all of them."""
         lists = {"squared": self.squared, "attributed": self.attributed, "entry": self.entry, "change": self.change}
-        values = {"called": sorted(self.called), "reached": sorted(self.reached), "batches": self.batches}
+        values = {name: sorted(getattr(self, name)) for name in ("called", "varied", "reached")}
         tensors = {name: torch.cat(found) for name, found in lists.items() if found}
         tensors |= {f"sum.{i}": total.cpu() for i, total in self.sums.totals.items()}
-        return tensors, {**values, "tokens": self.tokens, "measured": measured}
+        return tensors, {**values, "batches": self.batches, "entered": self.entered, "measured": measured}
 
-    def add(self, counted: Tensor, norms: GradientNorms, attribution: Attribution, *, tokens: bool) -> None:
-        """tokens: whether the path runs through token embeddings"""
+    def add(self, counted: Tensor, norms: GradientNorms, attribution: Attribution, entered: str) -> None:
+        """entered: what the path runs through, in words"""
         self.squared.append(norms.squared[counted])
         self.attributed.append(attribution.sites[counted])
         self.entry.append(attribution.entry[counted])
         self.change.append(attribution.change[counted])
         self.called |= norms.called
+        self.varied |= attribution.varied
         self.reached |= norms.reached | attribution.reached
         self.batches += 1
-        self.tokens |= tokens
+        self.entered = entered
+
+    @property
+    def off_path(self) -> frozenset[int]:
+        """Sites that are used, and do not depend on the path."""
+        return (self.called & self.reached) - self.varied
 
     def scores(self, sites: list[Site], settings: dict, among: list[str]) -> LayerScores:
         """among: the model's linear layers, for the names of blocks"""
@@ -244,7 +252,10 @@ def _batches(model: nn.Module, loader: Iterable, max_examples: int) -> Iterator[
 
 def _examples(loader: Iterable, max_examples: int) -> int | None:
     dataset = getattr(loader, "dataset", None)
-    return min(len(dataset), max_examples) if hasattr(dataset, "__len__") else None
+    try:
+        return min(len(dataset), max_examples)
+    except TypeError:  # it streams; torch's ChainDataset has a __len__ even so
+        return None
 
 
 def _check_losses(losses: Tensor, index: int) -> None:
@@ -265,14 +276,19 @@ def _checked_loss(model: nn.Module, loss_of: Callable[[object, Batch], Tensor], 
     return losses
 
 
-def _warn(scores: LayerScores, tokens: bool) -> None:
+def _warn(scores: LayerScores, entered: str, off_path: list[str]) -> None:
+    """entered: what the path runs through; off_path: names of layers that do not depend on it"""
     if scores.unused:
         warnings.warn(f"{len(scores.unused)} layers have no score and get no rank: {_some(scores.unused)}", stacklevel=3)
-    if scores.completeness.path > 0.05:
+    if off_path:
         warnings.warn(
-            f"the path integral misses {scores.completeness.path:.0%} of F(x) - F(x0): {_remedy(scores.settings, tokens)}",
+            f"{len(off_path)} layers do not depend on {entered}, which the path runs through: {_some(off_path)}; their "
+            "contribution is 0, and fusion='product' ranks them last: fusion='sum' or 'gradient' does not",
             stacklevel=3,
         )
+    if scores.completeness.path > 0.05:
+        remedy = _remedy(scores.settings, tokens=entered == TOKENS)
+        warnings.warn(f"the path integral misses {scores.completeness.path:.0%} of F(x) - F(x0): {remedy}", stacklevel=3)
 
 
 def _remedy(settings: dict, tokens: bool) -> str:

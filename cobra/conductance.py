@@ -37,12 +37,14 @@ class Attribution:
     sites: (B, S) signed attribution of every site, fp64
     entry: (B,) the same sum at the entry: all of F(x) - F(x0), but for the quadrature; the bypass for "direct"
     change: (B,) F(x) - F(x0)
+    varied: sites whose output depends on the path
     reached: sites that a gradient reached
     """
 
     sites: Tensor
     entry: Tensor
     change: Tensor
+    varied: frozenset[int]
     reached: frozenset[int]
 
 
@@ -67,6 +69,7 @@ def attribute(
     examples = max(1, max_rows // max(2, points))
     total = torch.zeros(batch.size, len(sites) + 1, dtype=torch.float64, device="cpu")
     change = torch.zeros(batch.size, dtype=torch.float64, device="cpu")
+    varied: set[int] = set()
     reached: set[int] = set()
     for start in range(0, batch.size, examples):
         part = batch.rows(start, start + examples)
@@ -74,11 +77,12 @@ def attribute(
         ends = _Ends(sites, part.size, copy=writes_in_place(model)) if between else None
         change[rows] = _end_difference(model, entry, part, target, ends)
         for chunk in _chunks(rule, between, max_rows if examples == 1 else points):
-            sums = _sweep(model, sites, entry, part, chunk, target, direct, ends)
+            sums, watched = _sweep(model, sites, entry, part, chunk, target, direct, ends)
+            varied |= watched
             reached |= sums.keys()
             for index, values in sums.items():
                 total[rows, index] += values.cpu().double()
-    return Attribution(total[:, :ENTRY], total[:, ENTRY], change, frozenset(reached - {ENTRY}))
+    return Attribution(total[:, :ENTRY], total[:, ENTRY], change, frozenset(varied - {ENTRY}), frozenset(reached - {ENTRY}))
 
 
 def _chunks(rule: PathRule, between: PathRule | None, points: int) -> list[PathRule]:
@@ -150,15 +154,17 @@ def _sweep(
     target: Target,
     direct: bool,
     ends: _Ends | None,
-) -> dict[int, Tensor]:
-    """One forward and one backward over all points of the rule: site index -> (B,)."""
+) -> tuple[dict[int, Tensor], set[int]]:
+    """One forward and one backward over all points of the rule: site index -> (B,), and the sites that depend on the path."""
     points, rows = len(rule.alphas), len(rule.alphas) * batch.size
     copy = writes_in_place(model)
     sums: dict[int, Tensor] = {}
     calls: Counter[int] = Counter()
+    varied: set[int] = set()
 
     def watch(index: int, h: Tensor, call: int) -> None:
         snapshot = None if ends else Snapshot(h, _what(sites, index), copy)
+        varied.add(index)
 
         def reduce(grad: Tensor) -> None:
             h = ends.output(index, call) if ends else snapshot.take().reshape(points, batch.size, -1)
@@ -191,7 +197,7 @@ def _sweep(
         if not values.requires_grad:
             raise ValueError("the target does not depend on the model's input: no gradient to attribute")
         values.sum().backward()
-    return sums
+    return sums, varied
 
 
 def _drop_grad(leaf: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -78,7 +78,8 @@ class CobraConfig:
         forward), "mean" (sigmoid of the logit, no noise), "open" (plain LoRA). The cut ranks them by P(z > 1/2)
     basis: what the cut ranks. "gates": the gates, by their posterior. "singular": the singular directions of every layer's
         update as it is with mean gates, by their energy (`cobra.singular`); a cut then loses the least of it that ranks allow.
-        "auto", which `attach` replaces, is "singular" for budgets of an average rank below 1, where whole layers go
+        "auto", which `attach` replaces, is "singular" for budgets of an average rank below 1, where whole layers go, and for
+        a cut of open gates, which tell no ranks apart
     fold: the factor a kept gate's rank carries after the cut: 1, or its mean gate, which is in singular directions anyway
     gate_lr_scale, lora_B_lr_scale: learning rates of the gate logits and of lora_B over that of lora_A
     dropout: on the adapter branch's input
@@ -118,9 +119,12 @@ class CobraConfig:
     backend: str = "auto"
 
     def __post_init__(self):
-        for name in ("target_modules", "modules_to_save", "temperature"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("target_modules", "modules_to_save"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
+        if isinstance(self.temperature, list):
+            object.__setattr__(self, "temperature", tuple(self.temperature))
+        if callable(self.modules_to_save):
+            raise ValueError("modules_to_save takes no function: expected names of modules")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, choices))}")
@@ -198,11 +202,13 @@ class CobraConfig:
         """The fixed scale of the update, for the average rank of the budget."""
         return 2.0 if self.alpha is None else self.alpha / max(1.0, average_rank)
 
-    def resolved(self, average_rank: float) -> CobraConfig:
-        """With the basis that "auto" stands for, for the average rank of the budget."""
+    def resolved(self, average_rank: float, *, cut: bool) -> CobraConfig:
+        """With the basis that "auto" stands for, for the average rank of the budget; cut: whether it is below the ranks of
+        the search."""
         if self.basis != "auto":
             return self
-        return dataclasses.replace(self, basis="singular" if average_rank < 1 else "gates")
+        singular = average_rank < 1 or (cut and self.gate == "open")
+        return dataclasses.replace(self, basis="singular" if singular else "gates")
 
     def to_dict(self) -> dict:
         """Plain values for JSON; a callable `target_modules` is named, not stored."""
@@ -212,6 +218,16 @@ class CobraConfig:
         if callable(self.target_modules):
             values["target_modules"] = f"<{getattr(self.target_modules, '__qualname__', 'callable')}>"
         return values
+
+
+def _names(field: str, value: object) -> TargetModules:
+    """Names in any collection (peft's configs have sets) as a tuple; a string or a function stays."""
+    if isinstance(value, str) or callable(value):
+        return value
+    names = (sorted if isinstance(value, (set, frozenset)) else tuple)(value) if isinstance(value, Iterable) else None
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{field}={value!r}: expected names, or a string (a compiled expression's .pattern)")
+    return tuple(names)
 
 
 def _is_int(value) -> bool:

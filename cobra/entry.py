@@ -13,6 +13,7 @@ from cobra.batch import Batch
 from cobra_kernels import interpolate_path
 
 Baseline = str | Tensor
+TOKENS = "the token embeddings"
 OnEntry = Callable[[Tensor], None]
 
 
@@ -30,6 +31,11 @@ class Entry:
     embeddings: tuple[nn.Module, ...]
     key: str | int | None
     baseline: Baseline = "zero"
+
+    @property
+    def words(self) -> str:
+        """What the path runs through."""
+        return TOKENS if self.embeddings else f"input {self.key!r}"
 
     @contextmanager
     def at(self, batch: Batch, alphas: Tensor | None, on_entry: OnEntry) -> Iterator[Batch]:

@@ -205,6 +205,14 @@ def find_sites(model: nn.Module, target_modules: TargetModules = "all-linear", *
     return list(_group_by_weight(chosen))
 
 
+def refuse_peft_layers(model: nn.Module) -> None:
+    """Raises ValueError where peft has adapters on the model: their matrices would be layers of it."""
+    loaded = sys.modules.get("peft.tuners.tuners_utils")
+    name = next((name for name, module in model.named_modules() if loaded and isinstance(module, loaded.BaseTunerLayer)), None)
+    if name is not None:
+        raise ValueError(f"peft has an adapter on {name}: unload() it, or merge_and_unload() it into the weights first")
+
+
 def fingerprint(sites: list[Site]) -> str:
     """A hash of names, shapes and 64 sampled values of each weight, equal for fp32 and bf16 copies of one checkpoint.
 

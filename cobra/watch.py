@@ -31,7 +31,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
         p.requires_grad_(False)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

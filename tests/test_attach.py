@@ -61,6 +61,35 @@ def test_modules_to_save_are_checked(modules_to_save, message):
     assert state_of(model) == before
 
 
+def test_a_cut_of_open_gates_keeps_what_was_learnt():
+    """By energy, not the first ranks of every layer; with nothing to cut the matrices stay as they are."""
+    model, adapter = attached(Mlp, gate="open", basis="auto", rank_budget=4)
+    first, second = layers_of(adapter)
+    with torch.no_grad():
+        for layer in (first, second):
+            layer.lora_B[:, 2:] = 1.0 + torch.arange(layer.lora_B[:, 2:].numel()).reshape(-1, 2)
+    x = mlp_batch()[0]
+    expected = model.eval()(x)
+    plan = adapter.extract()
+    assert adapter.config.basis == "singular" and plan.total == 4
+    adapter.apply(plan)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    _, whole = attached(Mlp, gate="open", basis="auto", rank_budget=8)
+    assert whole.config.basis == "gates"
+
+
+def test_models_of_peft_are_refused():
+    """peft's matrices are linear layers too: they would get adapters of their own."""
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(minilm(), LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match=r"peft has an adapter on .*query: unload\(\) it, or merge_and_unload\(\)"):
+        cobra.attach(wrapped, cobra.CobraConfig(rank_budget=6, gate="mean"))
+    with pytest.raises(ValueError, match="peft has an adapter on"):
+        cobra.calibrate(wrapped, [], progress=False)
+    cobra.attach(wrapped.unload(), cobra.CobraConfig(rank_budget=6, gate="mean"))
+
+
 def test_layers_without_a_score_get_no_adapter():
     """A layer that calibration never saw used would take ranks from those that work."""
     model = Mlp()

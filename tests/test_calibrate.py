@@ -155,6 +155,52 @@ def test_unused_layers_are_reported_not_scored(estimator):
     assert scores.unused == {"never": "never called", "nowhere": "its output reaches no result"}
 
 
+class Towers(nn.Module):
+    """The path runs through x; the tower over y does not depend on it."""
+
+    main_input_name = "x"
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.tower, self.classifier = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x, y, labels=None):
+        return self.classifier(torch.tanh(self.up(x)) * torch.tanh(self.tower(y)))
+
+
+@pytest.mark.parametrize("estimator", ["paper", "conductance"])
+def test_layers_that_do_not_depend_on_the_path_are_named(estimator):
+    """A contribution of 0 that was not measured reads as one that was."""
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(4, 6), "y": torch.randn(4, 6), "labels": torch.tensor([0, 1, 2, 0])}
+    with pytest.warns(
+        UserWarning, match="1 layers do not depend on input 'x', which the path runs through: tower; their contr"
+    ):
+        scores = calibrate(Towers(), [batch], estimator=estimator)
+    found = dict(zip(scores.sites, zip(scores.conductance.tolist(), scores.gradient.tolist(), strict=True), strict=True))
+    assert found["tower"][0] == 0 < found["tower"][1] and found["up"][0] > 0
+
+
+def test_within_inference_mode():
+    model, batch = Mlp(), mlp_batch()
+    with torch.inference_mode():
+        found = calibrate(model, [batch])
+    assert_equal(found, calibrate(model, [batch]))
+
+
+def test_a_stream_whose_length_raises():
+    """torch's ChainDataset has a __len__ that only sums those of its parts."""
+
+    model, batch = Mlp(), mlp_batch()
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from zip(*batch, strict=True)
+
+    loader = DataLoader(torch.utils.data.ChainDataset([Stream()]), batch_size=5)
+    assert_equal(cobra.calibrate(model, loader, steps=3), calibrate(model, [batch]))
+
+
 @pytest.mark.parametrize(("estimator", "complete"), [("paper", False), ("conductance", False), ("direct", True)])
 def test_only_direct_is_complete_across_layers(estimator, complete):
     """The path residual is the quadrature's alone; the sum over sites is F(x) - F(x0) for "direct" and nothing else."""

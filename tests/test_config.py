@@ -35,6 +35,10 @@ from cobra.config import CHOICES
         ({"beta": "0.1"}, "beta='0.1': expected a finite number"),
         ({"temperature": 0.5}, "temperature=0.5: expected (first, last), as (1.0, 0.1)"),
         ({"gate": "hard_concrete", "fold": "mean"}, "a kept gate's mean can be 0; use fold='one'"),
+        ({"target_modules": re.compile("query")}, "expected names, or a string (a compiled expression's .pattern)"),
+        ({"target_modules": (1, 2)}, "target_modules=(1, 2): expected names"),
+        ({"modules_to_save": None}, "modules_to_save=None: expected names"),
+        ({"modules_to_save": len}, "modules_to_save takes no function"),
         ({"total_steps": None}, "gate='concrete' anneals its temperature: pass total_steps"),
         *(({name: "no"}, f"{name}='no' is not one of {choices[0]!r}, ") for name, choices in CHOICES.items()),
     ],
@@ -44,6 +48,31 @@ def test_config_names_what_is_wrong(settings, message):
     """A setting out of range is refused where it is written, with the range."""
     with pytest.raises(ValueError, match=re.escape(message)):
         cobra.CobraConfig(**{"rank_budget": 4, "total_steps": 10} | settings)
+
+
+def test_names_in_any_collection():
+    """A set, as in peft's configs, and a generator are tuples that JSON takes."""
+    for given in ({"value", "query"}, frozenset(("query", "value")), ["query", "value"], (n for n in ("query", "value"))):
+        config = cobra.CobraConfig(4, gate="mean", target_modules=given, modules_to_save={"pooler"})
+        assert (config.target_modules, config.modules_to_save) == (("query", "value"), ("pooler",))
+    assert cobra.CobraConfig(4, gate="mean", target_modules="all-linear").target_modules == "all-linear"
+
+
+@pytest.mark.parametrize(
+    ("settings", "average_rank", "cut", "basis"),
+    [
+        ({}, 2.0, True, "gates"),
+        ({}, 0.5, True, "singular"),
+        ({"gate": "open"}, 2.0, True, "singular"),
+        ({"gate": "open"}, 2.0, False, "gates"),
+        ({"gate": "open", "basis": "gates"}, 2.0, True, "gates"),
+    ],
+    ids=str,
+)
+def test_what_a_cut_ranks(settings, average_rank, cut, basis):
+    """Open gates tell no ranks apart: where some have to go, singular directions do."""
+    config = cobra.CobraConfig(4, **{"gate": "mean", **settings})
+    assert config.resolved(average_rank, cut=cut).basis == basis
 
 
 def test_temperature_runs_from_the_first_to_the_last():

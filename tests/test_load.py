@@ -29,12 +29,24 @@ def test_round_trip(build, layout, tmp_path):
     assert found.heads.keys() == lora.heads.keys()
     assert all(torch.equal(found.heads[n][k], v) for n, head in lora.heads.items() for k, v in head.items())
     assert (found.transposed, found.base_model) == (lora.transposed, lora.base_model)
+    assert found.auto_mapping == lora.auto_mapping and lora.auto_mapping
     assert json.dumps(found.provenance) == json.dumps(lora.provenance)
     again = tmp_path / "b"
     found.save_pretrained(again, layout)
     assert (
         load_file(again / "adapter_model.safetensors").keys() == load_file(tmp_path / "a" / "adapter_model.safetensors").keys()
     )
+
+
+def test_dropout_is_for_training(tmp_path):
+    """Loaded on a model in evaluation mode, as from_pretrained gives them, it adds no noise."""
+    _, adapter = trained(vit, dropout=0.5)
+    adapter.save_pretrained(tmp_path / "a")
+    model = vit().eval()
+    load_adapter(tmp_path / "a").attach(model)
+    assert torch.equal(logits_of(model, image_batch()), logits_of(model, image_batch()))
+    model.train()
+    assert not torch.equal(logits_of(model, image_batch()), logits_of(model, image_batch()))
 
 
 def peft_folder(build, path, batch=None, **settings):
@@ -96,6 +108,7 @@ BAD = {
     "bias": (lambda f: rewrite(f, bias="all"), "bias='all' trains the base model's biases"),
     "rank": (lambda f: rewrite(f, r=5), r"expected rank 5, as r in adapter_config\.json says, found lora_A \(4, 32\)"),
     "nan": (lambda f: rewrite(f, {f"{Q}.lora_B.weight": torch.full((32, 4), float("nan"))}), "holds NaN or Inf"),
+    "auto mapping": (lambda f: rewrite(f, auto_mapping={"base_model_class": 1}), "'auto_mapping': expected an object of names"),
     "magnitude": (
         lambda f: rewrite(f, {f"{Q}.lora_magnitude_vector": torch.ones(32)}),
         "neither a LoRA matrix of a linear layer",

@@ -107,6 +107,25 @@ def test_add_and_remove():
         )
 
 
+def test_adapters_stay_while_rows_use_them():
+    """Rows know adapters by their places; and after detach() there is nothing left to use."""
+    adapters, model = adapters_of(vit), vit().eval()
+    served = serve(model, adapters)
+    with served.use("a1"):
+        before = logits_of(model, image_batch())
+        with pytest.raises(ValueError, match=r"rows use adapters now: remove 'a0' after the block of use\(\)"):
+            served.remove("a0")
+        assert torch.equal(logits_of(model, image_batch()), before)
+    served.detach()
+    for request in (
+        lambda: served.add("new", adapters["a0"]),
+        lambda: served.remove("a0"),
+        lambda: served.use("a0").__enter__(),
+    ):
+        with pytest.raises(ValueError, match=r"these adapters are detached: .* serve\(\) them anew"):
+            request()
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
 def test_generation_with_an_adapter_a_row(options):
     """Real weights, a decoder with a cache: each row's text is that of its adapter alone."""

@@ -98,6 +98,7 @@ class ServedAdapters:
     def __init__(self, model: nn.Module, layers: dict[str, PackedLinear], modules: dict[str, nn.Module], rows: Rows):
         self.model, self._layers, self._modules, self._rows = model, layers, modules, rows
         self.names: tuple[str, ...] = ()
+        self._detached = False
         self._nesting = nesting_encoders(model)
         self._set_nested_tensors(False)
 
@@ -111,8 +112,10 @@ class ServedAdapters:
 
         rows: one name for all rows, or a name or None for each
 
-        Raises ValueError for unknown names; the layers raise it for batches with another number of rows.
+        Batches may have n times as many rows, as of beams: the first n take rows[0], and so on. Raises ValueError for unknown
+        names, and after `detach`; the layers raise it for batches of other sizes.
         """
+        self._check_serving()
         chosen = [rows] if isinstance(rows, str) else list(rows)
         unknown = [name for name in chosen if name is not None and name not in self.names]
         if unknown or not chosen:
@@ -125,7 +128,9 @@ class ServedAdapters:
             self._rows.set(before)
 
     def add(self, name: str, adapter: LoraAdapter) -> None:
-        """Raises ValueError for a name that is taken, heads, and layers that are not packed here or have other shapes."""
+        """Raises ValueError for a name that is taken, heads, layers that are not packed here or have other shapes, and after
+        `detach`."""
+        self._check_serving()
         if name in self.names:
             raise ValueError(f"an adapter {name!r} is served already; remove it first")
         _check(self.model, name, adapter, self._layers)
@@ -135,7 +140,10 @@ class ServedAdapters:
         self.names += (name,)
 
     def remove(self, name: str) -> None:
-        """Raises ValueError for an unknown name."""
+        """Raises ValueError for an unknown name, and within `use`, whose rows name adapters by their places."""
+        self._check_serving()
+        if self._rows.ids is not None:
+            raise ValueError(f"rows use adapters now: remove {name!r} after the block of use()")
         if name not in self.names:
             raise ValueError(f"no adapter {name!r}; there are {', '.join(self.names) or 'none'}")
         index = self.names.index(name)
@@ -149,6 +157,11 @@ class ServedAdapters:
             module.train(self.model.training)
             self.model.set_submodule(name, module)
         self._set_nested_tensors(True)
+        self._detached = True
+
+    def _check_serving(self) -> None:
+        if self._detached:
+            raise ValueError("these adapters are detached: the model is its base again; serve() them anew")
 
     @property
     def parameters(self) -> int:

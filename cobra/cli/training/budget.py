@@ -33,7 +33,9 @@ def adapter_config(settings: TrainSettings, subject: Subject) -> cobra.CobraConf
         _check_reaches(budget, list(shapes), costs)
         average = amount / sum(costs)
         wide = {"r_max": _wide(average, settings.multiple)} if (settings.preset, settings.r_max) == ("singular", None) else {}
-        return replace(plain, rank_budget=budget, **wide).resolved(average)
+        config = replace(plain, rank_budget=budget, **wide)
+        ranks = (min(config.r_max, *(min(shape) for shape in group)) for group in shapes.values())
+        return config.resolved(average, cut=sum(map(math.prod, zip(ranks, costs, strict=True))) > amount)
     rank = amount // sum(costs)
     if rank < 1:
         raise ValueError(f"budget={amount} {settings.unit}: one rank in each of {len(costs)} layers takes {sum(costs)}")
