@@ -1,4 +1,4 @@
-"""Gates of every example, and ranks that grow: on small layers by their equations, on the real model to the budget."""
+"""Longer rows, gates of every example, ranks that grow: by their equations on small layers, to the budget on the real model."""
 
 from functools import cache
 
@@ -11,8 +11,19 @@ import cobra
 from bench.accuracy.forms import COBRA
 from bench.accuracy.methods import attach, budget_parameters
 from bench.accuracy.run import _train
-from bench.accuracy.variants import Growth, draw_per_example
+from bench.accuracy.variants import Growth, draw_per_example, scale_rows
 from cobra.sites import find_sites
+
+
+def test_rows_of_another_length():
+    """All of lora_A, by one factor; the model's outputs stay."""
+    model, adapter = attached(Mlp)
+    x, before = torch.ones(3, 6), [layer.lora_A.clone() for layer in layers_of(adapter)]
+    expected = model.eval()(x)
+    scale_rows(adapter, 3.0)
+    torch.testing.assert_close(model(x), expected)
+    for layer, rows in zip(layers_of(adapter), before, strict=True):
+        torch.testing.assert_close(layer.lora_A, 3 * rows)
 
 
 def test_every_example_has_gates_of_its_own():
@@ -68,7 +79,9 @@ def scores() -> cobra.LayerScores:
 
 
 @pytest.mark.filterwarnings("ignore:the path integral misses")
-@pytest.mark.parametrize("change", [{"drawn": "example"}, {"gate": "open", "rounds": 3}, {"gate": "hard_concrete"}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"drawn": "example", "row_scale": 3.0}, {"gate": "open", "rounds": 3}, {"gate": "hard_concrete"}], ids=str
+)
 def test_variants_of_the_form_end_at_its_budget(change):
     recipe = tiny("cobra", rank=8, settings=tuple({**COBRA, **change}.items()))
     found = attach(recipe, started(), scores(), list)

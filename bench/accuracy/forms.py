@@ -40,6 +40,8 @@ FEW_LAYERS = {
     "random": {"r_max_multiple": 18},
     "singular": {**SINGULAR, "r_max_multiple": 18},
 }
+# inputs vary about three times as much along the calibration's gradient as along a uniform row (`bench.accuracy.starts`)
+LONG_ROWS, SHORT_ROWS = 3.0, 1 / 3
 REGRESSION_PARTS = (
     {},
     {"init": "uniform"},
@@ -53,6 +55,9 @@ REGRESSION_PARTS = (
     {"fusion": "sum"},
     {"fusion": "contribution"},
     {"fusion": "gradient"},
+    {"init": "uniform", "row_scale": LONG_ROWS},
+    {"row_scale": SHORT_ROWS},
+    {"gate": "open", "r_max_multiple": 1, "init": "uniform", "row_scale": LONG_ROWS},
 )
 SINGULAR_PARTS = (
     {},
@@ -75,6 +80,8 @@ SHORT_PARTS = (
     {"lr": 0.5, "gate": "open", "r_max_multiple": 1, "init": "uniform"},
     {"basis": "singular"},
     {"basis": "singular", "lr": 0.5},
+    {"lr": 0.5, "init": "uniform", "row_scale": LONG_ROWS},
+    {"lr": 0.5, "row_scale": SHORT_ROWS},
 )
 TIGHT_PARTS = (
     {},

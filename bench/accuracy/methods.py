@@ -20,7 +20,7 @@ from torch.optim import AdamW, Optimizer
 import cobra
 from bench.accuracy.forms import UNSAID
 from bench.accuracy.recipe import Recipe
-from bench.accuracy.variants import Growth, draw_per_example
+from bench.accuracy.variants import Growth, draw_per_example, scale_rows
 from cobra.config import PRESETS
 from cobra.plan import RankPlan
 from cobra.sites import Site, find_sites
@@ -200,7 +200,9 @@ def _cobra(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None) -
     if recipe.method == "paper":
         options = {**PRESETS["paper"], "cut": 1.0, **options}
     cut, drawn, rounds = round(options.pop("cut", CUT) * recipe.steps), options.pop("drawn", "step"), options.pop("rounds", 0)
+    row_scale = options.pop("row_scale", 1.0)
     adapter = cobra.attach(model, _config(recipe, options, budget, r_max=_gates(recipe), total_steps=cut), scores)
+    scale_rows(adapter, row_scale)
     if drawn == "example":
         draw_per_example(adapter, recipe.seed)
     growth = Growth(adapter, amount, rounds, cut) if rounds else None

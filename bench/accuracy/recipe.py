@@ -41,6 +41,7 @@ class Recipe:
         scaling: of the update, 2 where none is given
         layers: of peft's methods, comma-separated endings of the names of those that have an adapter, at the same budget
         minimum: ranks of a layer; r_max_multiple: gates of a layer, in average ranks; cut: share of the steps before it;
+        row_scale: of lora_A's rows at the start, in their usual length;
         scores: False for no calibration; drawn: "example" for gates with noise of their own for every example; rounds: in which
         ranks grow, in the place of a cut (`bench.accuracy.variants`)
     """

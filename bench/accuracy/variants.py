@@ -1,7 +1,5 @@
-"""Two forms of the search that the package does not have: gates drawn for every example, and ranks that grow in the place of a
-cut.
-
-They are measured beside COBRA's own (`bench.accuracy.forms.WIDE_PARTS`).
+"""What the package does not have, measured beside what it has (`bench.accuracy.forms`): rows of lora_A of another length, gates
+drawn for every example, and ranks that grow in the place of a cut.
 """
 
 from __future__ import annotations
@@ -11,6 +9,14 @@ from torch import Tensor
 
 from cobra import Adapter, CobraLinear
 from cobra_kernels import concrete_gates, gated_lora_linear
+
+
+@torch.no_grad()
+def scale_rows(adapter: Adapter, times: float) -> None:
+    """Makes every lora_A this many times as long; with lora_B at 0 the model's outputs stay."""
+    for group in adapter.groups:
+        for layer in group.all_layers:
+            layer.lora_A.mul_(times)
 
 
 def draw_per_example(adapter: Adapter, seed: int) -> None:
