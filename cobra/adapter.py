@@ -47,6 +47,7 @@ class Adapter:
     ):
         self.model, self.config, self.groups, self.heads = model, config, groups, heads
         self.calibration = calibration
+        self.origin: LoraAdapter | None = None  # what it was loaded from, without its matrices
         self.base_fingerprint = fingerprint([site for group in groups for site in group.sites])
         self.current_step = 0
         self.shared_inputs = SharedInputs() if config.share_inputs else None
@@ -216,17 +217,17 @@ class Adapter:
     def apply(self, plan: RankPlan, optimizer: Optimizer | None = None) -> None:
         """Cuts the matrices to the kept ranks. Layers of rank 0 become the base model's own modules again.
 
-        optimizer: takes over the cut parameters, with their state cut alike (in the singular basis it starts anew), and loses
-            those that are gone. Without it, make a new optimizer from `parameter_groups`: the old one holds parameters that no
-            longer count.
+        optimizer: takes over the cut parameters, with their state cut alike (in the singular basis, and of optimizers whose
+            state cannot be cut, it starts anew), and loses those that are gone. Without it, make a new optimizer from
+            `parameter_groups`: the old one holds parameters that no longer count.
 
         Raises ValueError for a plan of another adapter, or one that was applied before.
         """
         self._check_plan(plan)
         distributed.check_whole(self.state_dict(), "apply(plan)")
-        if optimizer is not None and not any(site.energy for site in plan.sites):
-            shrink.check_optimizer(optimizer)
         warn_of_an_early_cut(self.groups, self.config, self.current_step)
+        if optimizer is not None and not any(site.energy for site in plan.sites):
+            shrink.renew_uncuttable(optimizer, self._matrices())
         removed: list[nn.Parameter] = []
         dropped: list[Site] = []
         for group, site in zip(self.groups, plan.sites, strict=True):

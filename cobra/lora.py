@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,16 @@ from cobra.sites import is_conv1d, is_quantised_linear
 
 if TYPE_CHECKING:
     from cobra.adapter import Adapter
+
+ARCHITECTURE = "architecture"  # in provenance: the class that the adapter was trained as
+
+T = TypeVar("T")
+
+
+def class_name(kind: type) -> str:
+    """As config.json names transformers' own classes; another one with its module, to import it from."""
+    own = getattr(sys.modules.get("transformers"), kind.__name__, None) is kind
+    return kind.__name__ if own else f"{kind.__module__}.{kind.__qualname__}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +61,7 @@ class LoraAdapter:
     ambiguous: whether a layer's full name is the end of another module's, which peft would then adapt too
     base_model: name or path of the base model, where known
     task_type: peft's, e.g. "CAUSAL_LM", where its writer said it
+    auto_mapping: peft's: class and module of the base model, for its AutoPeftModel classes
     provenance: what the writer recorded (plan, config, calibration); {} for adapters of other programs
     """
 
@@ -60,6 +72,7 @@ class LoraAdapter:
     ambiguous: bool = False
     base_model: str | None = None
     task_type: str | None = None
+    auto_mapping: dict[str, str] | None = None
     provenance: dict = field(default_factory=dict)
 
     @property
@@ -72,13 +85,16 @@ class LoraAdapter:
         return sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in self.layers.values())
 
     def attach(self, model: nn.Module) -> Adapter:
-        """Puts the matrices on their base model and returns the handle: train on, merge, unmerge, save (`cobra.attach`).
+        """Puts the matrices on their base model and returns the handle: train on, merge, unmerge, save (`cobra.attach`). Its
+        `to_lora` has this adapter's task type, and its record of the class.
 
         The model's linear layers and heads must be those of this adapter; raises ValueError naming what differs.
         """
         from cobra.attach import attach_lora
 
-        return attach_lora(model, self)
+        adapter = attach_lora(model, self)
+        adapter.origin = replace(self, layers={}, heads={})
+        return adapter
 
     def save_pretrained(self, folder: Path | str, layout: str = "compact") -> None:
         """Writes a plain LoRA checkpoint that peft loads (`cobra.export.peft`)."""
@@ -118,7 +134,8 @@ def check_layer(model: nn.Module, name: str, layer: LoraLayer) -> None:
 def combine(adapters: Sequence[tuple[LoraAdapter, float]]) -> LoraAdapter:
     """Several adapters as one, ΔW = Σ weight · ΔW_i: ranks are put side by side, so that a merge of them all rounds once.
 
-    adapters: (adapter, weight) pairs; a layer that some of them lack counts as 0 there
+    adapters: (adapter, weight) pairs; a layer that some of them lack counts as 0 there. Dropout, task type and class are kept
+        where all agree
 
     Raises ValueError for an empty list, layers of different shapes, and more than one adapter with heads.
     """
@@ -127,6 +144,7 @@ def combine(adapters: Sequence[tuple[LoraAdapter, float]]) -> LoraAdapter:
     heads = [adapter.heads for adapter, _ in adapters if adapter.heads]
     if len(heads) > 1:
         raise ValueError(f"{len(heads)} of the adapters bring heads ({', '.join(heads[0])}), which cannot be added; keep one")
+    architecture = _agreed(adapter.provenance.get(ARCHITECTURE) for adapter, _ in adapters)
     parts: dict[str, list[tuple[LoraLayer, float]]] = {}
     for adapter, weight in adapters:
         for name, layer in adapter.layers.items():
@@ -135,9 +153,19 @@ def combine(adapters: Sequence[tuple[LoraAdapter, float]]) -> LoraAdapter:
         layers={name: _side_by_side(name, layers) for name, layers in parts.items()},
         heads=heads[0] if heads else {},
         transposed=any(adapter.transposed for adapter, _ in adapters),
+        dropout=_agreed(adapter.dropout for adapter, _ in adapters) or 0.0,
         ambiguous=any(adapter.ambiguous for adapter, _ in adapters),
         base_model=adapters[0][0].base_model,
+        task_type=_agreed(adapter.task_type for adapter, _ in adapters),
+        auto_mapping=_agreed(adapter.auto_mapping for adapter, _ in adapters),
+        provenance={} if architecture is None else {ARCHITECTURE: architecture},
     )
+
+
+def _agreed(values: Iterable[T | None]) -> T | None:
+    """The value that all have, or None."""
+    first, *others = values
+    return first if all(value == first for value in others) else None
 
 
 def _side_by_side(name: str, layers: list[tuple[LoraLayer, float]]) -> LoraLayer:

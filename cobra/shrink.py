@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cobra.distributed import whole
 from cobra.linear import CobraLinear
@@ -55,15 +59,45 @@ def forget(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         optimizer.state.pop(p, None)
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Raises ValueError for state that cannot be cut (8-bit optimizers)."""
-    for values in optimizer.state.values():
-        for key, value in values.items():
-            if isinstance(value, Tensor) and value.ndim and not value.is_floating_point():
-                raise ValueError(
-                    f"{type(optimizer).__name__} keeps {key!r} as {value.dtype}, which cannot be cut rank by rank; "
-                    "call apply(plan) without it and make a new optimizer from parameter_groups()"
-                )
+def renew_uncuttable(optimizer: Optimizer, matrices: Iterable[nn.Parameter]) -> None:
+    """Where some of the matrices' state cannot be cut (8-bit optimizers), all of it starts anew, with a warning."""
+    held = [p for p in dict.fromkeys(matrices) if p in optimizer.state]
+    uncuttable = ((k, v) for p in held for k, v in optimizer.state[p].items() if not _can_be_cut(v, p.shape))
+    key, value = next(uncuttable, (None, None))
+    if key is None:
+        return
+    found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
+    warnings.warn(
+        f"{optimizer_name(optimizer)} keeps {key!r} as {type(value).__name__} ({found}), which cannot be cut rank by rank: its "
+        "state of the adapter's matrices starts anew at the cut; to carry it over take an optimizer with plain moments, as "
+        "torch.optim.AdamW",
+        stacklevel=3,
+    )
+    for p in held:
+        del optimizer.state[p]
+
+
+def optimizer_name(optimizer: Optimizer) -> str:
+    """With the library it comes from: 8-bit optimizers are called as the plain ones are."""
+    return f"{type(optimizer).__module__.partition('.')[0]}.{type(optimizer).__name__}"
+
+
+def _can_be_cut(value: object, shape: torch.Size) -> bool:
+    """Whether it is a number, or floating point with the shape of its parameter or of what is left of it by averaging.
+
+    shape: the parameter's
+    """
+    if not isinstance(value, Tensor):
+        return value is None or isinstance(value, (bool, int, float, str))
+    if is_traceable_wrapper_subclass(value):
+        return False
+    if value.numel() == 1:
+        return True
+    if not value.is_floating_point():
+        return False
+    if value.ndim == 1:
+        return value.shape[0] in shape
+    return value.ndim == len(shape) and all(n in (1, full) for n, full in zip(value.shape, shape, strict=True))
 
 
 def _hand_over(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, cut: tuple[SitePlan, int, str] | None) -> None:
@@ -89,7 +123,7 @@ def _power(key: str, state: dict) -> int:
         return -2
     if key == "momentum_buffer" and "square_avg" in state:  # RMSprop's, of gradients over their size
         return 0
-    return 2 if "sq" in key or "var" in key or key == "sum" else 1
+    return 2 if "sq" in key or "var" in key or key in ("sum", "state2") else 1
 
 
 def _cut_state(key: str, value: object, shape: torch.Size, dim: int, kept: Tensor, factors: Tensor) -> object:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 _INTACT = "nothing was written, what was there before is as it was"
+_LEFT = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
+_ESCAPED = re.compile(rb"[ \t\n\\]")  # in mountinfo, as three octal digits
 
 
 class FormatError(ValueError):
@@ -103,23 +106,85 @@ def check_finite(path: Path | str, tensors: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def new_folder(path: Path | str) -> Iterator[Path]:
+def new_folder(path: Path | str, order: Sequence[str] = ()) -> Iterator[Path]:
     """A folder that appears, or replaces the old one, only when the block ends well.
 
-    Raises OSError naming the folder, e.g. for a full disk; a kill leaves the old folder, and the unfinished one, .NAME.*.tmp.
+    A folder that is there and empty, a mount point, or the current directory or one above it, stays, and the files are moved
+    into it one by one, which is not one step: a reader may see some of them. Those of the same names are put aside before and
+    deleted after, others stay. An error puts all back. A kill in the middle loses nothing: what was put aside is in
+    .NAME.*.old within the folder.
+
+    order: in which files are moved into a folder that stays, other names before them; the last should be the one without which
+        the folder is taken for nothing: it comes last and is put aside first, so that new and old are never taken for a whole
+
+    Raises OSError naming the folder, e.g. for a full disk; a kill leaves the old folder, and the unfinished one, .NAME.*.tmp,
+    beside it or, of a folder that stays, within.
     """
     path = Path(path).resolve()  # of a link to a folder, the folder is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    fresh.mkdir()
+    stays = _stays(path)
+    # within a mount point: files cannot be moved into it from elsewhere
+    fresh = (path if stays else path.parent) / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
+        fresh.mkdir()
         yield fresh
-        if not (path.exists() and _exchange(fresh, path)):
+        if stays:
+            _move_in(fresh, path, order)
+        elif not (path.exists() and _exchange(fresh, path)):
             _replace(fresh, path)
     except (OSError, SafetensorError) as error:
         raise _unwritten(path, error) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder of this name is what a kill left of a write."""
+    return _LEFT.fullmatch(name) is not None
+
+
+def _stays(path: Path) -> bool:
+    """Whether a folder is in use as it is: by whoever made it, by the system, or by this process."""
+    return path.is_dir() and (not any(path.iterdir()) or _is_mount(path) or _holds_this_process(path))
+
+
+def _is_mount(path: Path) -> bool:
+    """os.path.ismount, and on Linux also of folders that are mounted from the same file system, which it cannot tell."""
+    mounts, name = Path("/proc/self/mountinfo"), _ESCAPED.sub(lambda found: b"\\%03o" % ord(found[0]), os.fsencode(path))
+    lines = mounts.read_bytes().splitlines() if mounts.is_file() else []
+    return os.path.ismount(path) or any(line.split()[4] == name for line in lines)
+
+
+def _holds_this_process(path: Path) -> bool:
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it was deleted
+        return False
+    return path == here or path in here.parents
+
+
+def _move_in(fresh: Path, path: Path, order: Sequence[str]) -> None:
+    """What `new_folder` says of a folder that stays."""
+    ranks = {name: rank for rank, name in enumerate(order)}
+    names = sorted((p.name for p in fresh.iterdir()), key=lambda name: ranks.get(name, -1))
+    old = fresh.with_suffix(".old")
+    old.mkdir()
+    try:
+        _move(reversed(names), path, old)
+        _move(names, fresh, path)
+    except BaseException:
+        _move((name for name in reversed(names) if not os.path.lexists(fresh / name)), path, fresh)
+        _move(names, old, path)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _move(names: Iterable[str], source: Path, target: Path) -> None:
+    """Those that are there."""
+    for name in names:
+        if os.path.lexists(source / name):
+            os.replace(source / name, target / name)
 
 
 def _exchange(fresh: Path, path: Path) -> bool:

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from cobra import distributed
 from cobra.group import Group
 from cobra.linear import CobraLinear
-from cobra.lora import LoraAdapter, LoraLayer
+from cobra.lora import ARCHITECTURE, LoraAdapter, LoraLayer, class_name
 from cobra.sites import Site
 
 if TYPE_CHECKING:
@@ -33,21 +34,49 @@ def to_lora(adapter: Adapter) -> LoraAdapter:
         layers |= {name: nothing for name, _ in site.modules}
     order = {name: i for i, (name, _) in enumerate(adapter.model.named_modules())}
     layers = dict(sorted(layers.items(), key=lambda item: order.get(item[0], len(order))))
+    origin, kind = adapter.origin or LoraAdapter({}), _class_of(adapter.model)
+    architecture = _architecture(origin, kind)
+    path = getattr(getattr(adapter.model, "config", None), "_name_or_path", None) or None
     return LoraAdapter(
         layers=layers,
         heads={name: {k: distributed.whole(v) for k, v in head.state_dict().items()} for name, head in adapter.heads.items()},
         transposed=any(layer.transposed for group in adapter.groups for layer in group.all_layers),
         dropout=adapter.config.dropout,
         ambiguous=any(other.endswith(f".{name}") for other in order for name in layers),
-        base_model=getattr(getattr(adapter.model, "config", None), "_name_or_path", None) or None,
+        # from the path of a class that is not of transformers its Auto classes would make another model, without a word
+        base_model=None if "." in (architecture or "") else path,
+        task_type=origin.task_type,
+        auto_mapping=_auto_mapping(kind),
         provenance={
             "fingerprint": adapter.base_fingerprint,
             "step": adapter.current_step,
             "config": adapter.config.to_dict(),
             "plan": None if adapter.plan is None else adapter.plan.to_dict(),
             "calibration": adapter.calibration,
+            **({} if architecture is None else {ARCHITECTURE: architecture}),
         },
     )
+
+
+def _class_of(model: nn.Module) -> type[nn.Module]:
+    """The class it was built as: FSDP2 puts one of its own before it."""
+    return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed."))
+
+
+def _auto_mapping(kind: type[nn.Module]) -> dict[str, str] | None:
+    """What peft's AutoPeftModel classes make the base model with; they take transformers' own classes."""
+    if not (kind.__module__.startswith("transformers.") and hasattr(kind, "from_pretrained")):
+        return None
+    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+
+
+def _architecture(origin: LoraAdapter, kind: type[nn.Module]) -> str | None:
+    """The class on record, where there is one; the model's own where it was put on another."""
+    recorded = origin.provenance.get(ARCHITECTURE)
+    if recorded is None:
+        return None
+    names = [class_name(parent) for parent in kind.__mro__]
+    return recorded if recorded in names else names[0]
 
 
 def warn_of_shared_weights(groups: Sequence[Group], stacklevel: int) -> None:

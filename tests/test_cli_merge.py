@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 import cobra
 from cobra.cli.app import app
-from cobra.cli.base import class_name, load_base, with_class
+from cobra.cli.base import load_base, with_class
 from cobra.cli.encoder import MeanPoolClassifier, load_encoder
 from cobra.cli.merge import merge_folders
+from cobra.lora import class_name
 
 run = CliRunner().invoke
 

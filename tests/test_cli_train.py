@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 from functools import partial
@@ -411,6 +412,77 @@ def test_a_damaged_checkpoint(base, whole, tmp_path, damage):
     shutil.rmtree(out / "checkpoints")
     done("--resume", "--out", out)
     assert same(out, whole)
+
+
+def stamps(out: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    """A copy of the run that nothing ended: without merged/ and report/, compact."""
+    return Path(shutil.copytree(whole, tmp_path / "r"))
+
+
+def test_a_finished_run_refuses_what_it_lacks(finished):
+    """By name, with commands that make it; without those options, and once it is made, it says its result again."""
+    before = stamps(finished)
+    lacking = ("--merge", "--layout", "padded", "--report", "--report-to", "tensorboard")
+    result = run("--resume", "--out", finished, *lacking)
+    assert result.exit_code == 2 and result.stdout == "" and stamps(finished) == before, result.output
+    told = f"the run in {finished} is finished, without merge, layout, report, report_to, and --resume adds nothing to it"
+    assert told in result.stderr and result.stderr.count("\n") == 1
+    ways = dict(re.findall(r"for (\w+): cobra ([^;\n]+)", result.stderr))
+    assert ways["report"] == ways["report_to"] == f"report {finished}"
+    for name in ("merge", "layout"):
+        made = CliRunner().invoke(app, shlex.split(ways[name]))
+        assert made.exit_code == 0, made.output
+    assert json.loads((finished / "adapter-padded" / "cobra.json").read_bytes())["layout"] == "padded"
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(finished / "merged")
+    assert merged.config.architectures == ["BertForSequenceClassification"]
+    (finished / "report").mkdir()
+    said = json.loads((finished / "result.json").read_bytes())
+    for options in ((), ("--merge", "--report"), ("--layout", "compact", "--no-merge", "--no-report", "--save-every", 7)):
+        assert done("--resume", "--out", finished, *options) == said
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"step": 1', b"[1]\n", b"\0\0\0\n"], ids=["empty", "cut short", "a list", "zeros"])
+def test_a_damaged_result(finished, damage):
+    """Named, with the way out."""
+    (finished / "result.json").write_bytes(damage)
+    result = run("--resume", "--out", finished)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
+    assert str(finished / "result.json") in result.stderr and "or delete it: --resume then ends the run again" in result.stderr
+
+
+def test_damaged_files_of_a_run(finished, whole, monkeypatch):
+    """Named with the way out before any work, and left as they are; without them the run ends with the same bits."""
+    (finished / "result.json").unlink()
+    rows = (finished / "history.jsonl").read_bytes().splitlines(keepends=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("cobra.cli.training.run.prepare", None)
+        for name, damage, way in (
+            ("config.yaml", b"", "is damaged, it names no model: put back a copy"),
+            ("run.json", b"{", "is damaged, Expecting property name"),
+            ("run.json", b"[]", "expected a JSON object, found '[]': put back a copy, or delete it: its data"),
+            ("before.json", b"", "put back a copy, or delete it: it is then measured again"),
+            ("history.jsonl", b"".join([rows[0], b"{bad\n", *rows[2:]]), ": line 2 is damaged, b'{bad': put back a copy"),
+            ("history.jsonl", b'{"loss": 1}\n', ": line 1 is damaged"),
+            ("gates.jsonl", b"\0\0\n", ": line 1 is damaged"),
+        ):
+            whole_file = (finished / name).read_bytes()
+            (finished / name).write_bytes(damage)
+            before = stamps(finished)
+            result = run("--resume", "--out", finished)
+            assert result.exit_code == 2 and result.stderr.startswith(f"error: {finished / name}"), result.output
+            assert way in result.stderr and result.stderr.count("\n") == 1 and stamps(finished) == before
+            (finished / name).write_bytes(whole_file)
+    (finished / "run.json").unlink()
+    (finished / "before.json").unlink()
+    (finished / "history.jsonl").write_bytes(b"".join([rows[0], *rows[2:]]))
+    found = done("--resume", "--out", finished)
+    assert same(finished, whole) and found["before"] == json.loads((whole / "before.json").read_bytes())
+    assert [row["step"] for row in RunFolder(finished).history()] == [1, *range(3, 11)]
 
 
 def test_full_disk(base, whole, tmp_path):

@@ -50,6 +50,10 @@ def test_compact_config(tmp_path):
     assert config == {
         "peft_type": "LORA",
         "task_type": None,
+        "auto_mapping": {
+            "base_model_class": "ViTForImageClassification",
+            "parent_library": "transformers.models.vit.modeling_vit",
+        },
         "base_model_name_or_path": None,
         "inference_mode": True,
         "r": largest,
@@ -223,6 +227,48 @@ def test_provenance(tmp_path):
     assert (value["layout"], value["step"], value["fingerprint"]) == ("padded", 7, adapter.base_fingerprint)
 
 
+@pytest.mark.parametrize(("build", "batch"), [(gpt2, token_batch), (vit, image_batch)], ids=["gpt2", "vit"])
+@LAYOUTS
+def test_the_auto_classes_of_peft(build, batch, layout, tmp_path):
+    """They make the base model from what the folder says, as they do for folders of peft, and nothing differs."""
+    import peft
+
+    build().save_pretrained(tmp_path / "base")
+    model, adapter = cut_adapter(lambda: type(build()).from_pretrained(tmp_path / "base"))
+    adapter.save_pretrained(tmp_path / "a", layout)
+    classes = [peft.AutoPeftModel, *([peft.AutoPeftModelForCausalLM] if build is gpt2 else [])]
+    for kind in classes:
+        options = {"num_labels": 3} if build is vit else {}
+        found = kind.from_pretrained(tmp_path / "a", **options).eval()
+        reference = load_in_peft(type(build()).from_pretrained(tmp_path / "base"), tmp_path / "a")
+        assert torch.equal(logits_of(found, batch()), logits_of(reference, batch()))
+        assert layout == "padded" or torch.equal(logits_of(found, batch()), logits_of(model, batch()))
+    peft.get_peft_model(build(), peft.LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path / "theirs")
+    assert read(tmp_path / "a")[0]["auto_mapping"] == read(tmp_path / "theirs")[0]["auto_mapping"]
+
+
+def test_classes_that_peft_does_not_know(tmp_path):
+    """It imports none of them, and another class than the one that was trained would be wrong without a word."""
+
+    class Mine(type(vit())):
+        pass
+
+    mine = vit()
+    mine.__class__ = Mine
+    for i, model in enumerate((mine, nn.Sequential(nn.Linear(6, 6)))):
+        _, adapter = cut_adapter(lambda model=model: model, budget=1, modules_to_save=())
+        adapter.save_pretrained(tmp_path / str(i))
+        assert "auto_mapping" not in read(tmp_path / str(i))[0]
+
+
+def test_the_class_behind_that_of_fsdp():
+    """fully_shard gives a model a class of its own, made of the one that it had."""
+    model, adapter = cut_adapter()
+    kind = type(model)
+    model.__class__ = type(f"FSDP{kind.__name__}", (kind,), {"__module__": "torch.distributed.fsdp"})
+    assert adapter.to_lora().auto_mapping == {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+
+
 def test_merged_or_not_the_files_are_the_same(tmp_path):
     _, adapter = cut_adapter()
     adapter.save_pretrained(tmp_path / "a")
@@ -307,6 +353,32 @@ def test_a_crash_in_mid_write(calls, exchange, error, tmp_path, monkeypatch):
         adapter.save_pretrained(folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == old
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("calls", range(12))
+def test_a_crash_in_the_current_directory(calls, error, tmp_path, monkeypatch):
+    """It is filled file by file: four are written, four put aside, four moved in. Whichever fails, all is put back."""
+    folder = tmp_path / "a"
+    cut_adapter(gpt2)[1].save_pretrained(folder)
+    old = {p.name: p.read_bytes() for p in folder.iterdir()}
+    _, adapter = cut_adapter(vit)
+    monkeypatch.chdir(folder)
+    replace, left = os.replace, [calls]
+
+    def interrupted(source, target):
+        left[0] -= 1
+        if left[0] == -1:
+            raise error("interrupted")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(error, match="interrupted"):
+        adapter.save_pretrained(".")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == old
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    adapter.save_pretrained(".")
+    assert read(folder)[0]["target_modules"] == [name for name, rank in adapter.plan.ranks.items() if rank]
 
 
 def test_a_crash_leaves_no_new_folder(tmp_path, monkeypatch):

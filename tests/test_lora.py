@@ -183,6 +183,61 @@ def test_what_cannot_be_combined():
         combine([(with_head, 1.0), (other, 1.0)])
 
 
+def peft_record(lora: LoraAdapter) -> tuple:
+    return lora.task_type, lora.dropout, lora.provenance.get("architecture"), lora.base_model
+
+
+def test_the_record_goes_along(tmp_path):
+    """Loaded, attached, trained on and saved, or combined and saved: an adapter says what it is as its first writer did."""
+    first = trained(minilm, dropout=0.1)[1].to_lora()
+    record = first.provenance | {"architecture": "BertForSequenceClassification"}
+    first = dataclasses.replace(first, task_type="SEQ_CLS", provenance=record)
+    first.save_pretrained(tmp_path / "0")
+    loaded = cobra.load_adapter(tmp_path / "0")
+    loaded.attach(minilm()).save_pretrained(tmp_path / "1")
+    combine([(loaded, 0.5), (loaded, 0.5)]).save_pretrained(tmp_path / "2")
+    expected = ("SEQ_CLS", 0.1, "BertForSequenceClassification", first.base_model)
+    assert [peft_record(cobra.load_adapter(tmp_path / str(i))) for i in range(3)] == [expected] * 3 and first.base_model
+    cut = loaded.attach(minilm())
+    cut.apply(cut.extract(4))
+    assert peft_record(cut.to_lora()) == expected
+
+
+def test_what_adapters_do_not_agree_on():
+    """A record that one of them does not have is not one of all."""
+    one = trained(vit, 1, dropout=0.1)[1].to_lora()
+    one = dataclasses.replace(one, task_type="A", provenance={"architecture": "ViTForImageClassification"})
+    other = trained(vit, 2)[1].to_lora()
+    for pair in ([(one, 1.0), (other, 1.0)], [(other, 1.0), (one, 1.0)]):
+        both = combine(pair)
+        assert peft_record(both) == (None, 0.0, None, None) and both.provenance == {}
+        assert both.auto_mapping == one.auto_mapping == other.auto_mapping is not None
+
+
+def test_the_class_on_record_is_that_of_the_model():
+    """A class of another module stays on record, without a path for Auto classes; put on another class, an adapter is one of
+    that. Where nothing is on record nothing is."""
+
+    class Mine(type(minilm())):
+        pass
+
+    def mine() -> nn.Module:
+        model = minilm()
+        model.__class__ = Mine
+        return model
+
+    lora = trained(minilm)[1].to_lora()
+    assert "architecture" not in lora.attach(mine()).to_lora().provenance
+    name = f"{__name__}.{Mine.__qualname__}"
+    recorded = {at: dataclasses.replace(lora, provenance={"architecture": at}) for at in (name, type(minilm()).__name__)}
+    for at, build, expected in (
+        (name, mine, (name, None)),
+        (name, minilm, ("BertForSequenceClassification", lora.base_model)),
+        ("BertForSequenceClassification", mine, ("BertForSequenceClassification", lora.base_model)),  # it is one
+    ):
+        assert peft_record(recorded[at].attach(build()).to_lora())[2:] == expected
+
+
 def layer(K: int = 6, N: int = 4) -> LoraLayer:
     return LoraLayer(torch.ones(2, K), torch.ones(N, 2))
 

@@ -1,6 +1,7 @@
 """The cut of matrices and optimizer state, and the training that goes on after it."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -159,7 +160,15 @@ def adadelta(groups):
     return torch.optim.Adadelta(groups, lr=1.0, eps=1e-24)
 
 
-@pytest.mark.parametrize("optimizer_class", [adamw, rmsprop, rmsprop_momentum, adagrad, momentum, adadelta])
+def adamw_of_bitsandbytes(groups):
+    from bitsandbytes.optim import AdamW
+
+    return AdamW(groups, eps=1e-12, weight_decay=0.0)
+
+
+@pytest.mark.parametrize(
+    "optimizer_class", [adamw, rmsprop, rmsprop_momentum, adagrad, momentum, adadelta, adamw_of_bitsandbytes]
+)
 def test_fold_mean_rescales_the_moments(optimizer_class):
     """B' = c B has the gradient dL/dB / c. So an optimizer that divides by the gradients' size moves B' next by what it would
     have moved B, one that follows the gradient by 1/c of that, and Adadelta, which keeps the parameters' units, by c times
@@ -208,6 +217,57 @@ def test_factored_moments_of_layers_as_wide_as_they_have_ranks(inputs, outputs):
     assert torch.equal(after["lora_A"]["exp_avg_sq_col"], before["lora_A"]["exp_avg_sq_col"])
     assert torch.equal(after["lora_B"]["exp_avg_sq_row"], before["lora_B"]["exp_avg_sq_row"])
     step()
+
+
+def of_8_bits(moment):
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    return OptimState8bit.zeros(moment.shape, block_size=32)
+
+
+UNCUTTABLE = {
+    "integers": (lambda moment: moment.to(torch.uint8), r"Tensor \(torch\.uint8 of shape \(4, 32\)\)"),
+    "a wrapper": (of_8_bits, r"OptimState8bit \(torch\.float32 of shape \(4, 32\)\)"),
+    "a pair": (lambda moment: torch.stack([moment, moment]), r"Tensor \(torch\.float32 of shape \(2, 4, 32\)\)"),
+    "a square": (lambda moment: moment @ moment.T, r"Tensor \(torch\.float32 of shape \(4, 4\)\)"),
+    "a list": (lambda moment: [moment], r"list \(no tensor\)"),
+}
+
+
+@pytest.mark.parametrize("change", UNCUTTABLE)
+def test_state_that_cannot_be_cut_starts_anew(change):
+    """8-bit optimizers, AdEMAMix, Shampoo: one warning with the optimizer's name; heads keep their moments."""
+    model, adapter, optimizer = searched()
+    other, own = searched()[:2]
+    make, found = UNCUTTABLE[change]
+    state = optimizer.state[layers_of(adapter)["vit.layers.0.attention.q_proj"].lora_A]
+    state["exp_avg"] = make(state["exp_avg"])
+    heads = {p: dict(optimizer.state[p]) for p in model.classifier.parameters()}
+    with pytest.warns(UserWarning) as caught:
+        adapter.apply(adapter.extract(), optimizer)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert re.match(rf"torch\.AdamW keeps 'exp_avg' as {found}, which cannot be cut", str(caught[0].message))
+    assert optimizer.state.keys() == heads.keys()
+    assert all(optimizer.state[p][key] is value for p, values in heads.items() for key, value in values.items())
+    new = torch.optim.AdamW(own.parameter_groups(lr=1e-3))
+    own.apply(own.extract(), new)
+    train(model, adapter, optimizer, [BATCH])
+    train(other, own, new, [BATCH])
+    assert all(torch.equal(p, own.state_dict()[name]) for name, p in adapter.state_dict().items() if "lora" in name)
+
+
+def test_uncuttable_state_is_found_before_anything_is_touched():
+    """An error in place of the warning leaves adapter, optimizer and plan as they were."""
+    _, adapter, optimizer = searched()
+    last = list(layers_of(adapter).values())[-1].lora_B
+    optimizer.state[last]["exp_avg_sq"] = of_8_bits(optimizer.state[last]["exp_avg_sq"])
+    before, states = dict(adapter.state_dict()), {p: dict(values) for p, values in optimizer.state.items()}
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="'exp_avg_sq' as OptimState8bit"):
+        warnings.simplefilter("error")
+        adapter.apply(adapter.extract(), optimizer)
+    assert adapter.plan is None and all(adapter.state_dict()[name] is tensor for name, tensor in before.items())
+    assert optimizer.state.keys() == states.keys()
+    assert all(optimizer.state[p][key] is value for p, values in states.items() for key, value in values.items())
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.Adafactor])

@@ -258,3 +258,105 @@ def test_a_folder_is_exchanged_at_once(tmp_path):
     finally:
         os.replace = true
     assert not replaced and content(tmp_path / "a") == {"two": b"2"} and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+# folders that stay: empty ones, mount points, the current directory
+
+
+@pytest.fixture(params=["tmpfs", "bind"])
+def mounted(request, tmp_path):
+    """A folder that is a mount point, of a file system of its own or of the same one, where the machine lets us make one."""
+    source, folder = tmp_path / "source", tmp_path / "mount point \\1"  # a name that the list of mounts escapes
+    source.mkdir()
+    folder.mkdir()
+    how = ["-t", "tmpfs", "tmpfs"] if request.param == "tmpfs" else ["--bind", source]
+    if sys.platform != "linux" or subprocess.run(["mount", *how, folder]).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.check_call(["umount", folder])
+
+
+def test_a_mount_point(mounted, tmp_path):
+    """A container's volume takes an adapter, and the next one."""
+    path, write, read = adapter_folder(tmp_path, "compact")
+    write(1)
+    new = content(path)
+    write(0)
+    lora = read()
+    lora.save_pretrained(mounted)
+    assert content(mounted).keys() == new.keys()
+    cobra.load_adapter(mounted)
+    write(1)
+    read().save_pretrained(mounted)
+    assert content(mounted)["adapter_model.safetensors"] == new["adapter_model.safetensors"]
+    assert {p.name for p in tmp_path.iterdir()} == {"source", mounted.name, "adapter"}
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["old version", "nothing"])
+def test_the_current_directory(there, tmp_path, monkeypatch):
+    """It stays the current directory: what is written next is where it looks to be."""
+    path, write, read = adapter_folder(tmp_path, "compact")
+    write(1)
+    new = content(path)
+    write(0)
+    lora = read()
+    write(1)
+    if not there:
+        shutil.rmtree(path)
+        path.mkdir()
+    monkeypatch.chdir(path)
+    lora.save_pretrained(".")
+    assert content(path).keys() == new.keys() and content(path) != new
+    Path("next").write_text("1")
+    assert (path / "next").read_text() == "1" and [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    """With the rights and the owner that whoever made it gave it."""
+    path, write, read = adapter_folder(tmp_path, "compact")
+    path.mkdir(mode=0o700)
+    before = path.stat()
+    write(0)
+    assert (path.stat().st_ino, path.stat().st_mode) == (before.st_ino, before.st_mode)
+    read()
+
+
+def test_killed_in_the_current_directory(tmp_path):
+    """Before any of its moves: no byte of the old version is lost, what can be loaded is the old one or the new one, whole, and
+    the next write goes through."""
+    path, write, read = adapter_folder(tmp_path, "compact")
+    write(1)
+    new = content(path)
+    write(0)
+    old = content(path)
+    for number in range(1, 3 * len(new) + 1):
+
+        def killed(number=number) -> None:
+            os.chdir(path)
+            kill_at("replace", number)
+            write(1)
+
+        assert ended(killed) == -signal.SIGKILL
+        for name, data in old.items():
+            kept = [p for p in (path / name, *path.glob(f".adapter.*.old/{name}")) if p.is_file()]
+            assert [p for p in kept if p.read_bytes() == data], (number, name)
+        if (path / "adapter_config.json").is_file():
+            assert {name: (path / name).read_bytes() for name in old} in (old, new), number
+            read()
+        ended(lambda: (os.chdir(path), write(1)))
+        assert {name: (path / name).read_bytes() for name in new} == new, number
+        write(0)  # from outside: the folder is exchanged, with all that was left in it
+        assert content(path) == old and list(tmp_path.iterdir()) == [path]
+
+
+def test_other_files_of_a_folder_that_stays(tmp_path, monkeypatch):
+    """They are nobody's to delete: a program may write beside a save. The folder above the current one stays too."""
+    (tmp_path / "a" / "below").mkdir(parents=True)
+    (tmp_path / "a" / "one").write_text("old")
+    monkeypatch.chdir(tmp_path / "a" / "below")
+    with storage.new_folder(tmp_path / "a") as fresh:
+        (fresh / "one").write_text("1")
+        (fresh / "two").mkdir()
+        (tmp_path / "a" / "log").write_text("kept")
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"below", "log", "one", "two"}
+    assert (tmp_path / "a" / "one").read_text() == "1" and (tmp_path / "a" / "below").samefile(Path.cwd())

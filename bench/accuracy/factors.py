@@ -41,8 +41,9 @@ class Effect:
 def effects(rows: Sequence[dict], phase: str = "factor") -> list[Effect]:
     """For every place, kind of task and method of an ablation the reference, then its changes, best first.
 
-    The reference is the form itself (`bench.accuracy.forms`), or where there is none the configuration from which the others
-    differ in the fewest fields; it too must be of the phase.
+    The reference is the form itself (`bench.accuracy.forms`), of several rates at that of the first row, which is the search's
+    as a study begins with it; or where there is none the configuration from which the others differ in the fewest fields. It
+    too must be of the phase.
     """
     finished, diverged = of_phase(rows, phase), of_phase(rows, phase, diverged=True)
     studies = defaultdict(lambda: defaultdict(dict))
@@ -73,12 +74,13 @@ def _settings(row: dict) -> str:
 
 def _reference(configs: dict[str, dict]) -> str:
     read = {text: json.loads(text) for text in configs}
-    forms = [text for text in configs if _form(read[text])] or list(configs)
+    if forms := [text for text in configs if _form(read[text])]:
+        return forms[0]
 
     def distance(text: str) -> tuple[int, int, str]:
         return sum(len(differing(read[text], other)) for other in read.values()), -len(configs[text]), text
 
-    return min(forms, key=distance)
+    return min(configs, key=distance)
 
 
 def _form(config: dict) -> str:

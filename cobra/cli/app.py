@@ -11,6 +11,7 @@ import typer
 
 import cobra
 from cobra.cli.calibrate import calibrate
+from cobra.cli.outputs import check_folder
 from cobra.cli.plan import plan
 from cobra.cli.shell import explained, warnings_told
 from cobra.cli.training.command import train
@@ -161,6 +162,8 @@ def report(
     with explained():
         from cobra.report.page import write_report
 
+        if run.is_dir():
+            check_folder((run / "report" if out is None else out).resolve().parent)
         found = write_report(run, out)
     typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else found.table())
 

@@ -13,15 +13,7 @@ from torch import Tensor, nn
 
 from cobra.cli.encoder import MeanPoolClassifier
 from cobra.cli.subject import NAMED_MODELS, as_plain, find_model, quiet_bars
-from cobra.lora import LoraAdapter
-
-ARCHITECTURE = "architecture"  # in an adapter's provenance
-
-
-def class_name(kind: type[nn.Module]) -> str:
-    """As config.json names transformers' own classes; another one with its module, to import it from."""
-    own = getattr(transformers, kind.__name__, None) is kind
-    return kind.__name__ if own else f"{kind.__module__}.{kind.__qualname__}"
+from cobra.lora import ARCHITECTURE, LoraAdapter, class_name
 
 
 def find_class(name: str) -> type[nn.Module] | None:

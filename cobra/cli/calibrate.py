@@ -6,10 +6,12 @@ import json
 import math
 import shlex
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from cobra.cli.outputs import check_file
 from cobra.cli.shell import explained, note, warnings_told
 from cobra.cli.training.options import given_settings, with_options
 from cobra.cli.training.settings import AVERAGE_RANK, CalibrateSettings
@@ -51,10 +53,11 @@ def calibrate(
 
 
 def run_calibration(settings: CalibrateSettings) -> dict:
-    """Writes the scores and returns them as plain values. Raises FileNotFoundError and ValueError for what does not fit."""
+    """Writes the scores and returns them as plain values. Raises OSError and ValueError for what does not fit."""
     import cobra
     from cobra.cli.training.prepare import fit_head, prepare
 
+    check_file(Path(settings.out))
     subject = prepare(settings)
     for text in filter(None, (*subject.notes, fit_head(subject))):
         note(text)

@@ -19,10 +19,11 @@ from transformers.utils import logging as transformers_logging
 
 import cobra
 from cobra import storage
-from cobra.cli.base import class_name, with_class
+from cobra.cli.base import with_class
 from cobra.cli.encoder import MeanPoolClassifier, fit_head, load_encoder
 from cobra.cli.reviews import Batches, load_reviews, make_batches
 from cobra.cli.training.evaluation import evaluate_outputs
+from cobra.lora import class_name
 from cobra.progress import Progress
 from cobra.report import plots
 from cobra.report.page import write_report

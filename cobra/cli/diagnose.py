@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 import cobra
 from cobra import storage
+from cobra.cli.outputs import check_folder
 from cobra.cli.subject import Source, find_model
 from cobra.cli.subject_data import image_batches, label_values, text_batches, with_head
 from cobra.cli.textfile import Columns, Example, read_examples
@@ -71,7 +72,11 @@ class Measured:
 
 
 def run_diagnosis(settings: DiagnosisSettings, out: Path) -> Diagnosis:
-    """Measures, and writes diagnosis.json, layers.csv, profile.png and .svg, scatter.png and .svg into `out`."""
+    """Measures, and writes diagnosis.json, layers.csv, profile.png and .svg, scatter.png and .svg into `out`.
+
+    Raises OSError where `out` cannot be written, and what `measure` does.
+    """
+    check_folder(out)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     found = measure(settings)

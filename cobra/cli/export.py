@@ -14,12 +14,13 @@ from transformers import PreTrainedConfig
 import cobra
 from cobra import checkpoint, storage
 from cobra.budget import Budget
-from cobra.cli.base import class_name, find_class, head_tensors, load_base, recorded_class, with_class
+from cobra.cli.base import find_class, head_tensors, load_base, recorded_class, with_class
+from cobra.cli.outputs import check_new_folder
 from cobra.export.card import model_card
 from cobra.export.check import ENGINES, AdapterCheck, check_adapter
 from cobra.export.folder import CONFIG
 from cobra.export.load import PROVENANCE
-from cobra.lora import LoraAdapter, LoraLayer
+from cobra.lora import LoraAdapter, LoraLayer, class_name
 from cobra.sites import linear_weight
 
 CHECKPOINT, CARD = "cobra.safetensors", "README.md"
@@ -44,10 +45,9 @@ def export_adapter(
         trained as, else the one in the base's config.json
 
     Raises FileNotFoundError, ValueError for an output that exists, an engine that would not load it and a base that does not
-    fit, and what loading raises.
+    fit, OSError where the output cannot be written, and what loading raises.
     """
-    if out.exists():
-        raise ValueError(f"{out} exists; name a new folder")
+    check_new_folder(out)
     path = _checkpoint_in(source)
     if path is not None and base is None:
         raise ValueError(f"{path} is a training checkpoint, and needs the model it was trained on: --base MODEL")

@@ -11,8 +11,10 @@ from torch import nn
 
 import cobra
 from cobra import storage
-from cobra.cli.base import class_name, head_tensors, is_named, load_base, recorded_class
+from cobra.cli.base import head_tensors, is_named, load_base, recorded_class
+from cobra.cli.outputs import check_new_folder
 from cobra.cli.subject import find_model
+from cobra.lora import class_name
 
 # what stands beside a model's weights and is not written by its save_pretrained
 BESIDE = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*tokens*.json", "chat_template*", "*processor_config.json")
@@ -37,8 +39,7 @@ def merge_folders(
     """
     if len(weights) != len(adapters):
         raise ValueError(f"{len(weights)} weights for {len(adapters)} adapters; give one for each")
-    if out.exists():
-        raise ValueError(f"{out} exists; name a new folder")
+    check_new_folder(out)
     loaded = [cobra.load_adapter(folder) for folder in adapters]
     classes = dict(zip(adapters, map(recorded_class, loaded), strict=True))
     combined = cobra.combine(list(zip(loaded, weights, strict=True)))

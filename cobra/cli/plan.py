@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from cobra.cli.outputs import check_file
 from cobra.cli.shell import explained, warnings_told
 
 
@@ -45,6 +47,10 @@ def plan(
     with explained():
         from cobra import Budget, LayerScores, plan_ranks
 
+        if not (math.isfinite(scaling) and scaling > 0):
+            raise ValueError(f"--scaling {scaling:g}: expected a finite number above 0; 2 is the usual one")
+        if out is not None:
+            check_file(out)
         limits = Budget(budget, unit, minimum, _limits(maximum or ()), multiple, tuple(tied or ()))
         with warnings_told():
             found = plan_ranks(LayerScores.load(scores), limits, r_max, fusion)

@@ -230,6 +230,7 @@ def _check_settings(path: Path, config: dict) -> None:
         "exclude_modules": ("a list of names or an expression", lambda v: v is None or _is_expression(v) or _is_names(v)),
         "modules_to_save": ("a list of names", lambda v: v is None or _is_names(v)),
         "task_type": ("a name", lambda v: v is None or isinstance(v, str)),
+        "auto_mapping": ("an object of names", lambda v: v is None or (isinstance(v, dict) and _is_names([*v.values()]))),
     }
     for field, (what, holds) in expected.items():
         if field in config and not holds(config[field]):

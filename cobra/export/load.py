@@ -44,6 +44,7 @@ def load_adapter(folder: Path | str) -> LoraAdapter:
         ambiguous=bool(provenance) and isinstance(config.get("target_modules"), str),
         base_model=config.get("base_model_name_or_path"),
         task_type=config.get("task_type"),
+        auto_mapping=config.get("auto_mapping"),
         provenance={k: v for k, v in provenance.items() if k not in ("kind", "version", "layout")},
     )
 

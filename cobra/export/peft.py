@@ -21,11 +21,13 @@ from cobra.lora import LoraAdapter
 
 LAYOUTS = ("compact", "padded")
 
-FILES = (CONFIG, TENSORS, "cobra.json", "README.md")
+# as they are moved into a folder that stays: no README without what says that it is ours, and last what makes it an adapter's
+FILES = ("cobra.json", "README.md", TENSORS, CONFIG)
 
 
 def save_pretrained(adapter: LoraAdapter, folder: Path | str, layout: str = "compact") -> None:
-    """Writes the folder, whole or not at all; an older one is replaced only by a complete one.
+    """Writes the folder, whole or not at all; an older one is replaced only by a complete one. What holds for a mount point and
+    the current directory, which stay: `cobra.storage.new_folder`.
 
     Raises ValueError for an unknown layout, an adapter with no rank left or that is not finite, and a folder of another
     program's files.
@@ -39,7 +41,7 @@ def save_pretrained(adapter: LoraAdapter, folder: Path | str, layout: str = "com
     storage.check_finite(folder, tensors)
     data = save({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, {"format": "pt"})
     provenance = {"kind": "adapter provenance", "version": 1, **adapter.provenance, "layout": layout}
-    with storage.new_folder(folder) as fresh:
+    with storage.new_folder(folder, FILES) as fresh:
         storage.write_json(fresh / CONFIG, config)
         storage.write_bytes(fresh / TENSORS, data)
         storage.write_json(fresh / "cobra.json", provenance)
@@ -58,9 +60,12 @@ def _config(adapter: LoraAdapter, layout: str) -> dict:
     ranks = {name: rank for name, rank in adapter.ranks.items() if rank or layout == "padded"}
     largest = max(ranks.values())
     pattern = {} if layout == "padded" else rank_pattern(ranks, largest)
+    # as in peft, which reads it where there is no task type
+    auto = {} if adapter.task_type or not adapter.auto_mapping else {"auto_mapping": adapter.auto_mapping}
     return {
         "peft_type": "LORA",
         "task_type": adapter.task_type,
+        **auto,
         "base_model_name_or_path": adapter.base_model,
         "inference_mode": True,
         "r": largest,
@@ -92,7 +97,7 @@ def _tensors(adapter: LoraAdapter, layout: str) -> dict[str, Tensor]:
 def _check_replaceable(folder: Path) -> None:
     if folder.is_file():
         raise ValueError(f"{folder} is a file; name a folder")
-    found = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    found = {p.name for p in folder.iterdir() if not storage.is_leftover(p.name)} if folder.is_dir() else set()
     ours = set(FILES) if "cobra.json" in found else {CONFIG, TENSORS}
     foreign = sorted(found - ours)
     if foreign:

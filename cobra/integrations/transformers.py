@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -23,9 +23,9 @@ from cobra.adapter import Adapter
 from cobra.integrations.checks import check_devices, check_trained, find_adapter, refuse_peft, torch_optimizer
 from cobra.integrations.ddp import rewrap
 from cobra.integrations.hooks import StepHooks
+from cobra.integrations.resuming import CHECKPOINT, follow_resuming
 from cobra.plan import RankPlan
 
-CHECKPOINT = "cobra.safetensors"
 UNDECIDED = (0.1, 0.9)
 
 
@@ -54,6 +54,7 @@ class CobraCallback(TrainerCallback):
         self._layout: list[int] = []
         self._hooks: StepHooks | None = None
         self._handles: list[RemovableHandle] = []
+        follow_resuming(CobraCallback)
 
     @property
     def plan(self) -> RankPlan | None:
@@ -64,7 +65,6 @@ class CobraCallback(TrainerCallback):
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if isinstance(model, nn.Module):
             refuse_peft(model)
-            self._handles.append(model.register_load_state_dict_pre_hook(_leave_out_cut_ranks))
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self._release()
@@ -83,6 +83,13 @@ class CobraCallback(TrainerCallback):
         else:
             self._set_length()
             self.adapter.move_to_step(0)
+        self._check_saving(args)
+        if args.load_best_model_at_end and self.plan is None and self.search_steps >= state.max_steps:
+            warnings.warn(
+                "load_best_model_at_end has no effect: the cut follows the last step, and models from before it are above the "
+                "budget; to choose among models after the cut, pass a search_share below 1",
+                stacklevel=2,
+            )
         self._hooks = StepHooks(self.adapter, self._optimizer, self.max_bad_steps)
         self._handles.append(self._optimizer.register_state_dict_post_hook(self._as_before_the_cut))
 
@@ -96,6 +103,8 @@ class CobraCallback(TrainerCallback):
                 stacklevel=2,
             )
             self._hooks.seen = 1  # said once
+        if self._hooks.taken == 1:
+            self._check_saving(args)  # the optimizer has its state now
         if self.plan is None and state.global_step >= self.search_steps:
             self._cut(state)
 
@@ -142,6 +151,11 @@ class CobraCallback(TrainerCallback):
         for handle in self._handles:
             handle.remove()
         self._hooks, self._handles = None, []
+
+    def _check_saving(self, args) -> None:
+        """Before time is spent on a run whose first checkpoint would end it."""
+        if args.save_strategy != "no" and not args.save_only_model:
+            checkpoint.check_optimizer(self._optimizer)
 
     def _is_second(self) -> bool:
         """Whether another CobraCallback comes before; the first one goes to the front, so that all loggers get what it logs."""
@@ -202,14 +216,6 @@ class CobraCallback(TrainerCallback):
         _rewrap_model()
         # models from before the cut are above the budget: none of them can be the best
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-
-
-def _leave_out_cut_ranks(model: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
-    """Before the Trainer loads a checkpoint into the model: matrices cut there and not yet here are COBRA's to load."""
-    for name, p in model.named_parameters(remove_duplicate=False):
-        key = prefix + name
-        if name.endswith((".lora_A", ".lora_B")) and key in state and state[key].shape != p.shape:
-            del state[key]
 
 
 def _calling(name: str, kind: type | tuple[type, ...] = (str, os.PathLike)):

@@ -12,10 +12,17 @@ from safetensors import SafetensorError, safe_open
 
 from cobra import storage
 from cobra.integrations.transformers import CHECKPOINT
+from cobra.storage import FormatError
 
 CONFIG, RUN, BEFORE, RESULT = "config.yaml", "run.json", "before.json", "result.json"
 SCORES, PLAN, HISTORY, GATES = "scores.safetensors", "plan.json", "history.jsonl", "gates.jsonl"
 HALF_WRITTEN = ".*.tmp"  # as cobra.storage names what is not yet whole
+# of damaged files -> the way out
+MENDED = {
+    RUN: "put back a copy, or delete it: its data is then taken for unchanged",
+    BEFORE: "put back a copy, or delete it: it is then measured again",
+    RESULT: "put back a copy, or delete it: --resume then ends the run again, from its last checkpoint",
+}
 KEPT = 2  # the one before the newest is whole while that is written
 
 
@@ -67,6 +74,25 @@ class RunFolder:
                 )
             warnings.warn(f"{folder / CHECKPOINT} is damaged: going on from step {step_of(newest):,}", stacklevel=2)
 
+    def check_files(self) -> None:
+        """Raises FormatError for a damaged file that going on reads, before the work, and deletes nothing."""
+        for name in (RUN, BEFORE):
+            if (self.path / name).is_file():
+                self.read(name)
+        for name in (HISTORY, GATES):
+            self._lines(name)
+
+    def read(self, name: str) -> dict:
+        """A JSON object of the run. Raises FormatError naming the file and the way out."""
+        path = self.path / name
+        try:
+            value = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise FormatError(f"{path} is damaged, {error}: {MENDED[name]}") from error
+        if not isinstance(value, dict):
+            raise FormatError(f"{path}: expected a JSON object, found {str(value)[:40]!r}: {MENDED[name]}")
+        return value
+
     def prune(self) -> None:
         """Leaves the newest complete checkpoints, and nothing that was begun and not finished."""
         kept = self.complete()[-KEPT:]
@@ -83,14 +109,21 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Takes out of history and gates what was written after a step, and what a kill left half written."""
         for name in (HISTORY, GATES):
-            path = self.path / name
-            if path.is_file():
-                rows = [line for line in path.read_bytes().split(b"\n")[:-1] if _step(line) <= step]
-                storage.write_bytes(path, b"".join(line + b"\n" for line in rows))
+            if (self.path / name).is_file():
+                kept = [line for row, line in self._lines(name) if row["step"] <= step]
+                storage.write_bytes(self.path / name, b"".join(line + b"\n" for line in kept))
 
     def history(self) -> list[dict]:
-        path = self.path / HISTORY
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        return [row for row, _ in self._lines(HISTORY)]
+
+    def _lines(self, name: str) -> list[tuple[dict, bytes]]:
+        """Rows of a file of lines, and the lines; the one that a kill left half written is left out.
+
+        Raises FormatError naming the first that is no row, and the way out.
+        """
+        path = self.path / name
+        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+        return [(_row(line, f"{path}: line {number}"), line) for number, line in enumerate(lines, 1) if line.strip()]
 
     def _all(self) -> list[Path]:
         return sorted(self.checkpoints.glob("checkpoint-*"), key=step_of)
@@ -109,5 +142,11 @@ def _whole(path: Path) -> bool:
         return False
 
 
-def _step(line: bytes) -> int:
-    return json.loads(line)["step"] if line.strip() else 0
+def _row(line: bytes, at: str) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not (isinstance(row, dict) and isinstance(row.get("step"), int)):
+        raise FormatError(f"{at} is damaged, {line[:40]!r}: put back a copy of the file, or delete the line and lose it alone")
+    return row

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import transformers
 
 import cobra
 from cobra import LayerScores, storage
-from cobra.cli.base import class_name, with_class
+from cobra.cli.base import with_class
 from cobra.cli.shell import note
 from cobra.cli.training import folder as names
 from cobra.cli.training.budget import adapter_config, number_of_steps
@@ -26,6 +25,7 @@ from cobra.cli.training.options import command_line
 from cobra.cli.training.prepare import Subject, fit_head, prepare
 from cobra.cli.training.settings import TrainSettings
 from cobra.cli.training.signals import Interruption
+from cobra.lora import class_name
 from cobra.report.page import write_report
 
 
@@ -50,9 +50,10 @@ def run_training(settings: TrainSettings, resume: bool, interruption: Interrupti
     """
     folder, stages = RunFolder(settings.out), Stages()
     if resume and (folder / names.RESULT).is_file():
-        return json.loads((folder / names.RESULT).read_bytes())
+        return folder.read(names.RESULT)
     if resume:
         folder.check_checkpoints()
+        folder.check_files()
     with stages.of("load"):
         subject = prepare(settings)
         config = adapter_config(settings, subject)
@@ -137,7 +138,7 @@ def _before(folder: RunFolder, subject: Subject, test: list) -> dict:
     path = folder / names.BEFORE
     if not path.is_file():
         storage.write_json(path, evaluate(subject.model, test, subject.task, "evaluate before").metrics)
-    return json.loads(path.read_bytes())
+    return folder.read(names.BEFORE)
 
 
 def _scores(settings: TrainSettings, subject: Subject, folder: RunFolder, config: cobra.CobraConfig) -> LayerScores:
@@ -192,8 +193,7 @@ def _record(settings: TrainSettings, subject: Subject, config: cobra.CobraConfig
 
 
 def _check_same_data(folder: RunFolder, subject: Subject) -> None:
-    path = folder / names.RUN
-    saved = json.loads(path.read_bytes()) if path.is_file() else {}
+    saved = folder.read(names.RUN) if (folder / names.RUN).is_file() else {}
     for name, fingerprint in subject.fingerprints.items():
         if saved.get("data", {}).get(name, fingerprint) != fingerprint:
             raise ValueError(f"{name} has changed since {folder.path} began: its SHA-256 is another; begin a new run")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from cobra.cli.training.configfile import read_config
-from cobra.cli.training.folder import CONFIG, RunFolder
+from cobra.cli.training.folder import CONFIG, RESULT, RunFolder
 from cobra.cli.training.options import given_settings
 from cobra.cli.training.settings import TrainSettings
+from cobra.storage import FormatError
 
 CALIBRATION = ("estimator", "baseline", "calibration_examples", "calibration_steps", "calibration_batch_size")
 
@@ -52,6 +54,8 @@ def _resumed(values: dict[str, Any], out: Path) -> TrainSettings:
     if not (out / CONFIG).is_file():
         raise FileNotFoundError(f"{out / CONFIG}: no such file; --resume goes on with the run in --out, and there is none")
     saved = read_config(out / CONFIG, TrainSettings)
+    if "model" not in saved:
+        raise FormatError(f"{out / CONFIG} is damaged, it names no model: put back a copy")
     free = {each.name for each in fields(TrainSettings) if each.metadata.get("free")}
     for name, value in values.items():
         if name not in free and value != saved.get(name):
@@ -59,4 +63,22 @@ def _resumed(values: dict[str, Any], out: Path) -> TrainSettings:
                 f"{name} was {saved.get(name)!r} when the run in {out} began, and is {value!r} now: leave it out to go on, or "
                 "begin a new run with another --out"
             )
+    if (out / RESULT).is_file():
+        _check_has(out, values, saved)
     return TrainSettings(**{**saved, **{name: value for name, value in values.items() if name in free}})
+
+
+def _check_has(out: Path, values: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Raises ValueError for what is asked of a finished run and was not made, and says which command makes it."""
+    adapter, ways = str(out / "adapter"), {}
+    if values.get("merge") and not (out / "merged").is_dir():
+        ways["merge"] = ["cobra", "merge", saved["model"], adapter, "--out", str(out / "merged")]
+    layout = values.get("layout", saved.get("layout"))
+    if layout != saved.get("layout"):
+        ways["layout"] = ["cobra", "export", adapter, "--layout", layout, "--out", f"{adapter}-{layout}"]
+    for name, made in (("report", (out / "report").is_dir()), ("report_to", values.get("report_to") == saved.get("report_to"))):
+        if values.get(name) and not made:
+            ways[name] = ["cobra", "report", str(out)]
+    if ways:
+        told = "; ".join(f"for {name}: {shlex.join(words)}" for name, words in ways.items())
+        raise ValueError(f"the run in {out} is finished, without {', '.join(ways)}, and --resume adds nothing to it; {told}")
