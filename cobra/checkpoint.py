@@ -9,27 +9,22 @@ other forms (8-bit moments) lies in it as the plain tensors that it is made of.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 from cobra import storage
-from cobra.distributed import sharded, spread, whole
+from cobra.distributed import spread, whole
+from cobra.optimizer_state import decoded, encoded, from_parts, to_parts
 from cobra.plan import RankPlan
-from cobra.shrink import optimizer_name
 
 if TYPE_CHECKING:
     from cobra.adapter import Adapter
 
 KIND = "training checkpoint"
-PAIRS, NUMBER, DTYPE, SHAPE = "pairs", "number", "dtype", "shape"  # the keys under which JSON has what it does not know
-REMEDY = "save without the optimizer, or take another one"
 
 
 def adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -61,17 +56,12 @@ def save(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, schedu
         "fingerprint": adapter.base_fingerprint,
         "groups": [group.name for group in adapter.groups],
         "plan": None if adapter.plan is None else adapter.plan.to_dict(),
-        "scheduler": None if scheduler is None else _encoded(scheduler.state_dict(), "scheduler"),
+        "scheduler": None if scheduler is None else encoded(scheduler.state_dict(), "scheduler"),
     }
     if optimizer is not None:
-        state, meta["optimizer"] = _optimizer_parts(optimizer)
+        state, meta["optimizer"] = to_parts(optimizer)
         tensors |= state
     storage.write_tensors(path, {name: whole(tensor) for name, tensor in tensors.items()}, KIND, meta)
-
-
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Raises ValueError naming what of the optimizer no checkpoint can keep; its state is there from its first step on."""
-    _optimizer_parts(optimizer)
 
 
 def load(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, scheduler) -> None:
@@ -114,12 +104,12 @@ def load(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, schedu
         group.prior = tuple(prior.tolist())
     adapter.move_to_step(meta["step"])
     if optimizer is not None:
-        state = _optimizer_state(path, tensors, meta["optimizer"])
+        state = from_parts(path, tensors, meta["optimizer"])
         if len(state["param_groups"]) < len(optimizer.param_groups):  # saved from an optimizer made after the cut
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         optimizer.load_state_dict(_spread_state(state, optimizer))
     if scheduler is not None:
-        scheduler.load_state_dict(_decoded(meta["scheduler"]))
+        scheduler.load_state_dict(decoded(meta["scheduler"]))
     torch.set_rng_state(tensors["rng"])
     for index in _cuda_devices(adapter):
         if f"rng.cuda:{index}" in tensors:
@@ -143,81 +133,6 @@ def _check_same_run(adapter: Adapter, path: Path | str, meta: dict) -> None:
         raise ValueError(f"{path} was trained with {k}={saved.get(k)!r}, this adapter has {k}={ours[k]!r}")
 
 
-def _optimizer_parts(optimizer: Optimizer) -> tuple[dict[str, Tensor], object]:
-    """Its state for the file's tensors and for its header."""
-    name, state = optimizer_name(optimizer), optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, dict] = {}
-    forms: dict[str, dict] = {}
-    for index, values in state["state"].items():
-        for key, value in values.items():
-            what = f"state {key!r} of {name}"
-            if isinstance(value, Tensor) and (sharded(value) or not is_traceable_wrapper_subclass(value)):
-                tensors[f"optimizer.{index}.{key}"] = value
-            elif any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
-                forms.setdefault(str(index), {})[key] = _form(value, tensors, what)
-            else:
-                scalars.setdefault(str(index), {})[key] = _encoded(value, what, REMEDY)
-    groups = _encoded(state["param_groups"], f"optimizer {name}")
-    return tensors, {"param_groups": groups, "scalars": scalars, "forms": forms}
-
-
-def _form(value: object, tensors: dict[str, Tensor], what: str) -> dict:
-    """How a value is made of tensors, for JSON; the tensors join the others."""
-    if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value) and not sharded(value):
-        parts, context = value.__tensor_flatten__()
-        return {
-            "class": [type(value).__module__, type(value).__qualname__],
-            "parts": {part: _form(getattr(value, part), tensors, what) for part in parts},
-            "context": _encoded(context, what, REMEDY),
-            "layout": [list(value.shape), list(value.stride())],
-        }
-    if isinstance(value, Tensor):
-        name = f"form.{len(tensors)}"
-        tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, dict):
-        return {"dict": {key: _form(item, tensors, what) for key, item in value.items()}}
-    if isinstance(value, (list, tuple)):
-        return {"list": [_form(item, tensors, what) for item in value]}
-    return {"value": _encoded(value, what, REMEDY)}
-
-
-def _formed(form: dict, tensors: dict[str, Tensor], path: Path | str) -> object:
-    if "class" in form:
-        parts = {part: _formed(each, tensors, path) for part, each in form["parts"].items()}
-        context, layout = _decoded(form["context"]), [torch.Size(form["layout"][0]), tuple(form["layout"][1])]
-        return _tensor_class(*form["class"], path).__tensor_unflatten__(parts, context, *layout)
-    if "tensor" in form:
-        return tensors[form["tensor"]]
-    if "dict" in form:
-        return {key: _formed(item, tensors, path) for key, item in form["dict"].items()}
-    if "list" in form:
-        return [_formed(item, tensors, path) for item in form["list"]]
-    return _decoded(form["value"])
-
-
-def _tensor_class(module: str, name: str, path: Path | str) -> type[Tensor]:
-    """Only of what is imported already: a file decides on no code that is run."""
-    found = getattr(sys.modules.get(module), name, None)
-    if not (isinstance(found, type) and issubclass(found, Tensor) and hasattr(found, "__tensor_unflatten__")):
-        raise ValueError(
-            f"{path} holds optimizer state as {module}.{name}: make the optimizer of that run, and load it into it"
-        )
-    return found
-
-
-def _optimizer_state(path: Path | str, tensors: dict[str, Tensor], meta: dict) -> dict:
-    state: dict[int, dict] = {int(index): dict(values) for index, values in _decoded(meta["scalars"]).items()}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = tensor
-    for index, forms in meta.get("forms", {}).items():
-        state.setdefault(int(index), {}).update({key: _formed(form, tensors, path) for key, form in forms.items()})
-    return {"state": state, "param_groups": _decoded(meta["param_groups"])}
-
-
 def _spread_state(state: dict, optimizer: Optimizer) -> dict:
     """The state with every tensor that is shaped like its parameter held as that parameter is."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -231,41 +146,3 @@ def _spread_state(state: dict, optimizer: Optimizer) -> dict:
 
 def _cuda_devices(adapter: Adapter) -> list[int]:
     return sorted({p.device.index for p in adapter.model.parameters() if p.device.type == "cuda"})
-
-
-def _encoded(value: object, what: str, remedy: str = "use plain numbers (lr=1e-3)") -> object:
-    """The value for JSON; dictionaries with other keys than strings become lists of pairs, tensors of one number say so."""
-    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
-        return {PAIRS: [[key, _encoded(item, what, remedy)] for key, item in value.items()]}
-    if isinstance(value, dict):
-        return {key: _encoded(item, f"{what} field {key!r}", remedy) for key, item in value.items()}
-    if isinstance(value, torch.Size):
-        return {SHAPE: list(value)}
-    if isinstance(value, (list, tuple)):
-        return [_encoded(item, what, remedy) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Tensor) and value.ndim == 0:
-        return {NUMBER: [value.item(), str(value.dtype)]}
-    if isinstance(value, torch.dtype):
-        return {DTYPE: str(value)}
-    raise ValueError(f"the {what} holds a {type(value).__name__}, which no checkpoint can keep; {remedy}")
-
-
-def _decoded(value: object) -> object:
-    if isinstance(value, dict) and value.keys() == {PAIRS}:
-        return {key: _decoded(item) for key, item in value[PAIRS]}
-    if isinstance(value, dict) and value.keys() == {NUMBER}:
-        number, dtype = value[NUMBER]
-        return torch.tensor(number, dtype=_dtype(dtype), device="cpu")
-    if isinstance(value, dict) and value.keys() == {DTYPE}:
-        return _dtype(value[DTYPE])
-    if isinstance(value, dict) and value.keys() == {SHAPE}:
-        return torch.Size(value[SHAPE])
-    if isinstance(value, dict):
-        return {key: _decoded(item) for key, item in value.items()}
-    return [_decoded(item) for item in value] if isinstance(value, list) else value
-
-
-def _dtype(name: str) -> torch.dtype:
-    return getattr(torch, name.removeprefix("torch."))

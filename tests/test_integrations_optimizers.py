@@ -81,6 +81,24 @@ def test_an_optimizer_that_no_checkpoint_can_keep(tmp_path):
     assert adapter.current_step == STEPS and adapter.plan.total == CONFIG["rank_budget"]
 
 
+def test_a_step_within_a_step(tmp_path):
+    """A class that calls its parent's step has torch's hooks around both, once the parent has been made: one step even so."""
+
+    class Own(torch.optim.AdamW):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    def run(kind):
+        model, adapter = attached(vit, **CONFIG)
+        optimizer = kind(adapter.parameter_groups(lr=RATE))
+        trainer_of(tmp_path, model, optimizers=(optimizer, None), save_strategy="no").train()
+        return adapter
+
+    expected, found = run(torch.optim.AdamW), run(Own)
+    assert found.current_step == expected.current_step == STEPS
+    assert same(tensors(found), tensors(expected))
+
+
 # resuming
 
 

@@ -32,6 +32,7 @@ class StepHooks:
         self.seen = self.taken = self.bad = self.kl_added = 0
         self._bad_in_a_row = 0
         self._skipping = False
+        self._depth = 0  # of steps within steps: where a class calls its parent's, torch has hooks around both
         self._shared: list[tuple[dict, list[nn.Parameter]]] = []
         self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
         self._followed: list[RemovableHandle] = []
@@ -59,10 +60,14 @@ class StepHooks:
     @torch.no_grad()
     def _note(self, name: str, p: Tensor) -> None:
         """The norm as the gradient arrives: clipping spreads one that is not finite over all the others."""
+        self._depth = 0  # whatever became of the last step
         self._norms.pop(name, None)  # the order is that of the last backward
         self._norms[name] = torch.linalg.vector_norm(p.grad)
 
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        self._depth += 1
+        if self._depth > 1:
+            return
         self.seen += 1
         if self.seen == 1:
             self._warn_of_unreached()
@@ -76,6 +81,9 @@ class StepHooks:
             self._give_rates()
 
     def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        self._depth = max(0, self._depth - 1)
+        if self._depth:
+            return
         self._unshare()
         if not self._skipping:
             self.taken += 1

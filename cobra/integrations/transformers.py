@@ -24,6 +24,7 @@ from cobra.integrations.checks import check_devices, check_trained, find_adapter
 from cobra.integrations.ddp import rewrap
 from cobra.integrations.hooks import StepHooks
 from cobra.integrations.resuming import CHECKPOINT, follow_resuming
+from cobra.optimizer_state import to_parts
 from cobra.plan import RankPlan
 
 UNDECIDED = (0.1, 0.9)
@@ -155,7 +156,7 @@ class CobraCallback(TrainerCallback):
     def _check_saving(self, args) -> None:
         """Before time is spent on a run whose first checkpoint would end it."""
         if args.save_strategy != "no" and not args.save_only_model:
-            checkpoint.check_optimizer(self._optimizer)
+            to_parts(self._optimizer)  # raises for what no checkpoint can keep
 
     def _is_second(self) -> bool:
         """Whether another CobraCallback comes before; the first one goes to the front, so that all loggers get what it logs."""
