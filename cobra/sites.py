@@ -207,10 +207,14 @@ def find_sites(model: nn.Module, target_modules: TargetModules = "all-linear", *
 
 def refuse_peft_layers(model: nn.Module) -> None:
     """Raises ValueError where peft has adapters on the model: their matrices would be layers of it."""
-    loaded = sys.modules.get("peft.tuners.tuners_utils")
-    name = next((name for name, module in model.named_modules() if loaded and isinstance(module, loaded.BaseTunerLayer)), None)
-    if name is not None:
-        raise ValueError(f"peft has an adapter on {name}: unload() it, or merge_and_unload() it into the weights first")
+    if names := peft_layers(model):
+        raise ValueError(f"peft has an adapter on {names[0]}: unload() it, or merge_and_unload() it into the weights first")
+
+
+def peft_layers(model: nn.Module) -> list[str]:
+    """Names of the modules that peft has an adapter on."""
+    loaded = sys.modules.get("peft.tuners.tuners_utils")  # without it there are none
+    return [name for name, module in model.named_modules() if loaded and isinstance(module, loaded.BaseTunerLayer)]
 
 
 def fingerprint(sites: list[Site]) -> str:

@@ -3,7 +3,7 @@
 import pytest
 from accuracy_rows import row
 
-from bench.accuracy.factors import effects
+from bench.accuracy.factors import effects, row_lengths
 from bench.accuracy.forms import COBRA
 
 
@@ -63,6 +63,30 @@ def test_changes_together_do_not_move_the_reference():
     found = effects(rows, "ablation")
     assert {e.form for e in found} == {"cobra"} and found[0].changed == ""
     assert "gate: concrete → open" in [e.changed for e in found]
+
+
+def test_of_two_rates_the_first_is_the_references():
+    """Half of the settings are at one rate, half at the other: the study began with the form at its own."""
+    start = {"init": "uniform"}
+    tried = [({}, 0.004), (start, 0.004), ({}, 0.002), (start, 0.002), ({"cut": 0.1}, 0.002)]
+    rows = [row("cobra", "hyper", 2, 0, "ablation", 0.8, lr=lr, settings=tuple((COBRA | p).items())) for p, lr in tried]
+    found = effects(rows, "ablation")
+    assert found[0].changed == "" and "lr: 0.004 → 0.002" in [e.changed for e in found]
+
+
+def test_rows_of_another_length_are_beside_the_same_settings():
+    """Not beside the form, from which they differ in their start too; without a partner they are left out."""
+    uniform, long = {"init": "uniform"}, {"row_scale": 3.0}
+    tried = [({}, 0.8), (uniform, 0.6), (uniform | long, 0.7), (long, 0.85), ({"cut": 0.1} | long, 0.9)]
+    rows = [
+        row("cobra", "hyper", 2, seed, "ablation", level, settings=tuple((COBRA | part).items()))
+        for part, level in tried
+        for seed in range(2)
+    ]
+    found = {parts: effect for parts, effect in row_lengths(rows)}
+    assert found.keys() == {"", "init: gradient → uniform"}
+    assert [effect.mean.mean for effect in found.values()] == pytest.approx([0.1, 0.05], abs=0.01)
+    assert all(effect.changed == "row_scale: default → 3" and effect.runs == 2 for effect in found.values())
 
 
 def test_each_method_of_an_ablation_has_a_reference_of_its_own():

@@ -81,7 +81,7 @@ def folders(monkeypatch, tmp_path):
     monkeypatch.setattr(grid, "search", lambda: planned)
     monkeypatch.setattr(runs, "_task", lambda name, data: reviews())
     yield planned
-    runs._start.cache_clear()
+    runs.started.cache_clear()
 
 
 def test_runs_are_stored_once_and_divergence_with_them(folders, monkeypatch, capsys):

@@ -32,8 +32,8 @@ def small_model(monkeypatch):
     found = [tuple(Example(f"{text} {name}", 0) for text in WORDS) for name in ("train", "validation", "test")]
     monkeypatch.setattr(runs, "_task", lambda name, data: Task(name, "language", 0, *found, "made here"))
     yield
-    runs._start.cache_clear()
-    runs._calibrated.cache_clear()
+    runs.started.cache_clear()
+    runs.calibrated.cache_clear()
 
 
 def recipe_of(method: str, **changes):

@@ -31,8 +31,8 @@ def few_examples(monkeypatch):
 
 
 def forget() -> None:
-    runs._start.cache_clear()
-    runs._calibrated.cache_clear()
+    runs.started.cache_clear()
+    runs.calibrated.cache_clear()
 
 
 def recipe_of(method: str, **changes):
@@ -124,7 +124,7 @@ def test_noise_moves_exactly_its_share_of_the_labels(classes, share):
 
 def test_noise_is_in_training_alone():
     """The labels that a run learns from, and not those that judge it."""
-    clean, noisy = (runs._start("rt", None, 24, 0, noise, 12, "bf16") for noise in (0.0, 0.5))
+    clean, noisy = (runs.started("rt", None, 24, 0, noise, 12, "bf16") for noise in (0.0, 0.5))
     assert (clean.train.labels != noisy.train.labels).sum() == 12
     assert clean.task is noisy.task
     assert not torch.equal(clean.head["weight"], noisy.head["weight"])

@@ -46,6 +46,7 @@ def test_markdown_is_rectangular(table, rows, summary):
     """With every phase there: each line of a table has as many cells as its header."""
     studies = [(phase, s, lr) for phase in ("factor", "ablation") for s in range(2) for lr in (0.003, 0.01)]
     more = [row("cobra", phase=phase, seed=s, lr=lr) for phase, s, lr in studies]
+    more += [row("cobra", phase="ablation", seed=s, settings=(("row_scale", 3.0),)) for s in range(2)]
     more += [row("lora", phase="search", seed=100, lr=lr) for lr in (0.003, 0.01)]
     text = table([*rows, *more], summary)
     widths = {tuple(line.count("|") for line in block.splitlines()) for block in text.split("\n\n") if block.startswith("|")}

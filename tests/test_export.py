@@ -330,6 +330,19 @@ def test_an_older_export_is_replaced(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+def interrupt(monkeypatch, calls, error):
+    """The renaming after so many of them fails; those that follow do not."""
+    replace, left = os.replace, [calls]
+
+    def interrupted(source, target):
+        left[0] -= 1
+        if left[0] == -1:
+            raise error("interrupted")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize(("calls", "exchange"), [*((calls, True) for calls in range(4)), (4, False), (5, False)])
 def test_a_crash_in_mid_write(calls, exchange, error, tmp_path, monkeypatch):
@@ -340,15 +353,7 @@ def test_a_crash_in_mid_write(calls, exchange, error, tmp_path, monkeypatch):
     cut_adapter(gpt2)[1].save_pretrained(folder)
     old = {p.name: p.read_bytes() for p in folder.iterdir()}
     _, adapter = cut_adapter(vit)
-    replace, left = os.replace, [calls]
-
-    def interrupted(source, target):  # four files into the new folder, the old folder away, the new one into its place
-        left[0] -= 1
-        if left[0] == -1:
-            raise error("interrupted")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", interrupted)
+    interrupt(monkeypatch, calls, error)  # four files into the new folder, the old folder away, the new one into its place
     with pytest.raises(error, match="interrupted"):
         adapter.save_pretrained(folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == old
@@ -364,15 +369,7 @@ def test_a_crash_in_the_current_directory(calls, error, tmp_path, monkeypatch):
     old = {p.name: p.read_bytes() for p in folder.iterdir()}
     _, adapter = cut_adapter(vit)
     monkeypatch.chdir(folder)
-    replace, left = os.replace, [calls]
-
-    def interrupted(source, target):
-        left[0] -= 1
-        if left[0] == -1:
-            raise error("interrupted")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", interrupted)
+    interrupt(monkeypatch, calls, error)
     with pytest.raises(error, match="interrupted"):
         adapter.save_pretrained(".")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == old

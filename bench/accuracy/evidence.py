@@ -39,6 +39,7 @@ TABLES: dict[str, Callable[[Sequence[dict], Summary], str]] = {
     "secondary": tables.secondary,
     "factors": tables.factors,
     "ablations": lambda rows, summary: tables.factors(rows, summary, "ablation"),
+    "row-lengths": tables.row_lengths,
     "starts": lambda rows, summary: starts.markdown(starts.read_rows()),
     "search": lambda rows, summary: tables.search(rows, RULE, searches.chosen(rows)),
     "budget": tables.budget,

@@ -45,14 +45,7 @@ def effects(rows: Sequence[dict], phase: str = "factor") -> list[Effect]:
     as a study begins with it; or where there is none the configuration from which the others differ in the fewest fields. It
     too must be of the phase.
     """
-    finished, diverged = of_phase(rows, phase), of_phase(rows, phase, diverged=True)
-    studies = defaultdict(lambda: defaultdict(dict))
-    failed = defaultdict(int)
-    for row in finished:
-        studies[_study(row)][_settings(row)][row["task"], row["seed"]] = row
-    for row in diverged:
-        studies[_study(row)].setdefault(_settings(row), {})
-        failed[row["kind"], _settings(row)] += 1
+    studies, failed = _studies(rows, phase)
     found = []
     for study, configs in sorted(studies.items()):
         reference = _reference(configs)
@@ -62,6 +55,37 @@ def effects(rows: Sequence[dict], phase: str = "factor") -> list[Effect]:
         changes.sort(key=lambda e: (e.mean is None, -e.mean.mean if e.mean else 0.0, e.changed))
         found += [effect[reference], *changes]
     return found
+
+
+def row_lengths(rows: Sequence[dict]) -> list[tuple[str, Effect]]:
+    """What another length of lora_A's rows brings alone, in every ablation that has it: beside the same settings without.
+
+    Each with what those settings change of the form, "" for the form itself.
+    """
+    found = []
+    for study, configs in sorted(_studies(rows, "ablation")[0].items()):
+        form = _reference(configs)
+        for config in configs:
+            usual = json.loads(config)
+            other = usual["settings"].pop("row_scale", None)
+            beside = json.dumps(usual, sort_keys=True)
+            if other is not None and beside in configs:
+                place = (*study[:2], _form(json.loads(form)))
+                parts = "" if beside == form else _changed(json.loads(form), usual)
+                found.append((parts, _effect(place, configs, config, beside, 0)))
+    return found
+
+
+def _studies(rows: Sequence[dict], phase: str) -> tuple[dict, dict]:
+    """Study -> settings -> (task, seed) -> row; and how many runs diverged, by kind and settings."""
+    studies = defaultdict(lambda: defaultdict(dict))
+    failed = defaultdict(int)
+    for row in of_phase(rows, phase):
+        studies[_study(row)][_settings(row)][row["task"], row["seed"]] = row
+    for row in of_phase(rows, phase, diverged=True):
+        studies[_study(row)].setdefault(_settings(row), {})
+        failed[row["kind"], _settings(row)] += 1
+    return studies, failed
 
 
 def _study(row: dict) -> tuple[Place, str, str]:

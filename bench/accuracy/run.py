@@ -85,7 +85,7 @@ def run(recipe: Recipe, data: Path | None = None, device: str = "cpu") -> dict:
 
 
 def _run(recipe: Recipe, data: Path | None, device: str) -> dict:
-    start = _start(
+    start = started(
         *(recipe.task, data, recipe.examples, recipe.seed, recipe.noise, recipe.max_length, recipe.precision),
         *(recipe.model, device),
     )
@@ -97,7 +97,7 @@ def _run(recipe: Recipe, data: Path | None, device: str) -> dict:
     if needs_scores(recipe):
         granularity = recipe.options.get("granularity", "site")
         path = (recipe.calibration_examples, recipe.path_points, recipe.estimator, granularity, directions_needed(recipe))
-        scores, seconds.spent["calibrate"] = _calibrated(start, *path)
+        scores, seconds.spent["calibrate"] = calibrated(start, *path)
     forget_peak_memory(device)
     attached = attach(recipe, model, scores, lambda: start.batches(recipe.calibration_examples))
     if recipe.precision == "bf16" and recipe.method != "dora":  # which reads the weights themselves
@@ -143,7 +143,7 @@ def _precision(precision: str, device: str):
 
 
 @lru_cache(maxsize=8)
-def _start(
+def started(
     name: str,
     data: Path | None,
     examples: int,
@@ -205,7 +205,7 @@ def _noisy(examples: Sequence[Example], task: Task, share: float, seed: int) -> 
 
 
 @lru_cache(maxsize=16)
-def _calibrated(
+def calibrated(
     start: Start, examples: int, points: int, estimator: str, granularity: str, directions: int
 ) -> tuple[cobra.LayerScores, float]:
     """Scores and the seconds they took; in fp32, whatever the training's precision."""

@@ -1,4 +1,4 @@
-"""python -m bench.accuracy.starts --data DIR: what a layer's input looks like along the rows that lora_A starts from.
+"""python -m bench.accuracy.starts: what a layer's input looks like along the rows that lora_A starts from.
 
 Of every task one row in rows/starts.jsonl: the calibration of COBRA's form, and inputs of training examples that it has not
 seen. For unit rows a along the gradient, and for uniform ones, it has the spread of a·x over tokens, and the share of a·x that
@@ -7,7 +7,6 @@ all tokens have in common, which an update can only use as a bias.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from bench.accuracy.machine import machine_name
 from bench.accuracy.recipe import Recipe
 from bench.accuracy.rows import ROWS
-from bench.accuracy.run import _calibrated, _start
+from bench.accuracy.run import calibrated, started
 from bench.accuracy.searches import SEARCH_SEED
 from cobra import storage
 from cobra.sites import find_sites
@@ -32,15 +31,14 @@ EXAMPLES = 128
 DRAWS = 64  # uniform rows of a layer
 
 
-def row_of(task: str, data: Path | None = None) -> dict:
+def row_of(task: str) -> dict:
     """Means over layers, and (name, spread ratio, cosine with the mean input) of each."""
     recipe = Recipe("ablation", task, "cobra", 2, 1e-3, SEARCH_SEED)
-    start = _start(task, data, recipe.examples, recipe.seed, 0.0, recipe.max_length, recipe.precision)
+    start = started(task, None, recipe.examples, recipe.seed, 0.0, recipe.max_length, recipe.precision)
     path = recipe.calibration_examples, recipe.path_points, recipe.estimator, "site", DIRECTIONS
-    scores, _ = _calibrated(start, *path)
-    inputs = _inputs(
-        start.model(0.0).eval(), start.batches(recipe.calibration_examples + EXAMPLES)[recipe.calibration_examples // 16 :]
-    )
+    scores, _ = calibrated(start, *path)
+    seen = len(start.batches(recipe.calibration_examples))
+    inputs = _inputs(start.model(0.0).eval(), start.batches(recipe.calibration_examples + EXAMPLES)[seen:])
     found = {name: measure(x, scores.directions[name]) for name, x in inputs.items()}
     means = {key: round(sum(of[key] for of in found.values()) / len(found), 4) for key in next(iter(found.values()))}
     layers = [[name, round(of["spread"], 4), round(of["cosine"], 4)] for name, of in found.items()]
@@ -103,10 +101,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of published sets")
-    options = parser.parse_args()
-    rows = [row_of(task, options.data) for task in TASKS]
+    rows = [row_of(task) for task in TASKS]
     storage.write_bytes(ROWS / FILE, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
     print(markdown(rows))
 

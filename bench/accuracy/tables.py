@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from bench.accuracy.calibration import METRICS, calibration_changes
 from bench.accuracy.cells import BASELINE, Cell, Place, Runs, of_phase, sort_methods
 from bench.accuracy.factors import Effect, effects
+from bench.accuracy.factors import row_lengths as lengths
 from bench.accuracy.formats import (
     EMPTY,
     MISSING,
@@ -228,6 +229,29 @@ def factors(rows: Sequence[dict], summary: Summary, phase: str = "factor") -> st
             out.append((effect.changed or "reference", *cells, mean, fitted, f"{effect.runs}{diverged}"))
         header = ("changed", *(f"{task} ({GAIN[kind]})" for task in tasks), "mean", "training loss (+%)", "runs")
         blocks.append(_titled(", ".join(filter(None, [str(place), kind, form])), markdown(header, out)))
+    return "\n\n".join(blocks) or EMPTY
+
+
+def row_lengths(rows: Sequence[dict], summary: Summary) -> str:
+    """One row for every length of lora_A's rows and the settings that it is compared under."""
+    blocks, by_place = [], defaultdict(list)
+    for parts, effect in lengths(rows):
+        by_place[effect.place, effect.kind, effect.form].append((parts, effect))
+    for (place, kind, form), found in by_place.items():
+        tasks = sorted({task for _, effect in found for task in effect.gains})
+        out = [
+            (
+                parts or f"the form ({form})",
+                effect.changed.removeprefix("row_scale: default → "),
+                *(_effect(effect, task) for task in tasks),
+                _gained(effect, effect.mean),
+                plain(effect.training, "+.0f", 100),
+                str(effect.runs),
+            )
+            for parts, effect in found
+        ]
+        header = ("settings", "length", *(f"{task} ({GAIN[kind]})" for task in tasks), "mean", "training loss (+%)", "runs")
+        blocks.append(_titled(f"{place}, {kind}", markdown(header, out)))
     return "\n\n".join(blocks) or EMPTY
 
 

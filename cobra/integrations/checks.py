@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 
 from torch import nn
@@ -10,13 +9,12 @@ from torch.optim import Optimizer
 
 from cobra.adapter import Adapter
 from cobra.linear import adapters_of
+from cobra.sites import peft_layers
 
 
 def refuse_peft(model: nn.Module) -> None:
     """Raises ValueError where an adapter of peft lies on the model: peft freezes everything else."""
-    loaded = sys.modules.get("peft.tuners.tuners_utils")
-    wrapped = [name for name, module in model.named_modules() if loaded and isinstance(module, loaded.BaseTunerLayer)]
-    if wrapped:
+    if wrapped := peft_layers(model):
         raise ValueError(
             f"peft has put an adapter of its own on {wrapped[0]} ({len(wrapped)} layers), which freezes COBRA's: leave out "
             "peft_config= (None), or train peft's adapter without CobraCallback at the ranks of "
