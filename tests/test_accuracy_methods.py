@@ -1,16 +1,19 @@
 """Every method on the real model: equal budgets after its schedule, ranks as they are, and refusals."""
 
+import copy
 import re
 from functools import cache
 
+import peft
 import pytest
 import torch
 from accuracy_models import encoded, started, tiny
+from models import Mlp
 
 import cobra
 from bench.accuracy.bf16 import bf16_products
 from bench.accuracy.forms import FEW_LAYERS, SETTINGS, TIGHT
-from bench.accuracy.methods import FULL, METHODS, Attached, attach, budget_parameters, needs_scores
+from bench.accuracy.methods import FULL, METHODS, Attached, _peft_optimizer, attach, budget_parameters, needs_scores
 from bench.accuracy.recipe import Recipe
 from bench.accuracy.run import _train
 from cobra.sites import find_sites
@@ -96,6 +99,22 @@ def test_paper_is_the_published_form_whatever_the_defaults_are():
     assert ours.config == theirs.config and ours.config.total_steps == recipe_of("paper").steps
     assert [group.prior for group in ours.groups] == [group.prior for group in theirs.groups]
     assert not needs_scores(recipe_of("paper").with_settings(scores=False))
+
+
+def test_longer_rows_are_a_higher_rate_of_lora_B():
+    """Under Adam: rows c times as long, at one rate, train as LoRA+ of ratio c² does, its lora_A at 1/c of that rate."""
+    torch.manual_seed(0)
+    start = peft.get_peft_model(Mlp().double(), peft.LoraConfig(r=2, target_modules=["up", "mid"]))
+    plus, longer, x = copy.deepcopy(start), copy.deepcopy(start), torch.randn(8, 6, dtype=torch.double)
+    for name, parameter in longer.named_parameters():
+        parameter.data.mul_(3.0 if "lora_A" in name else 1.0)
+    for model, optimizer in ((plus, _peft_optimizer(plus, 1e-2, ratio=9.0)), (longer, _peft_optimizer(longer, 3e-2))):
+        for _ in range(5):
+            optimizer.zero_grad()
+            (model(x) - 1).square().sum().backward()
+            optimizer.step()
+    assert (plus(x) - start(x)).abs().mean() > 0.1
+    torch.testing.assert_close(plus(x), longer(x), rtol=1e-5, atol=1e-5)
 
 
 def test_unknown_methods_and_broken_ranks_are_refused():

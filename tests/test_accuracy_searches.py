@@ -55,6 +55,7 @@ def test_the_last_search_decides():
 def test_a_method_without_a_finished_search_has_no_rate():
     """Neither where a run is missing of the search that decides, nor of an earlier one."""
     whole = searched()
+    others = rates_of(whole, "regression", 2, {}).keys() - {"lora"}
     for task, seed, lr in (("amazon", 102, 8e-3), ("tweets", 100, 1.6e-2)):
         left = [
             row
@@ -63,7 +64,7 @@ def test_a_method_without_a_finished_search_has_no_rate():
             != (task, seed, lr, "lora", 2, "minilm")
         ]
         assert len(left) < len(whole)
-        assert rates_of(left, "regression", 2, {}).keys() == {"cobra", "adalora", "singular"}
+        assert rates_of(left, "regression", 2, {}).keys() == others
 
 
 def test_a_search_that_is_best_where_it_ends_has_no_rate():

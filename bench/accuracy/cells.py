@@ -19,7 +19,7 @@ BASELINE = "lora"
 CONDITIONS = ("examples", "noise", "steps", "batch_size", "max_length")
 ORDER = (
     "lora", "rslora", "loraplus", "dora", "eva", "adalora", "uniform", "random", "plan", "singular", "paper", "cobra",
-    "cobra+singular", "full",
+    "cobra+singular", "cobra+third", "full",
 )  # fmt: skip
 
 

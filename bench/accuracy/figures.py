@@ -37,6 +37,7 @@ STYLES = {
     "paper": ("#2e86c1", "s", ":"),
     "cobra": ("#2e86c1", "o", "-"),
     "cobra+singular": ("#2e86c1", "^", "--"),
+    "cobra+third": ("#2e86c1", "X", "-."),
     "full": ("#7f868e", "X", ":"),
 }
 OTHER = ("#c2558f", "X", "-")

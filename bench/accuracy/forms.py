@@ -29,8 +29,11 @@ COBRA = {
 # ranks from a wide search without gates or calibration: what the singular directions alone decide
 SINGULAR = {"gate": "open", "init": "uniform", "basis": "singular", "r_max_multiple": 8, "cut": 0.4, "scores": False}
 JOINT = {**COBRA, "basis": "singular"}  # gates, and a cut that ranks what they leave of every direction
+# inputs vary about three times as much along the calibration's gradient as along a uniform row (`bench.accuracy.starts`)
+LONG_ROWS, SHORT_ROWS = 3.0, 1 / 3
+THIRD = {**COBRA, "row_scale": SHORT_ROWS}
 UNSAID = {"basis": "gates"}  # what COBRA's forms have where they do not say it
-SETTINGS = {"paper": PAPER, "cobra": COBRA, "singular": SINGULAR, "cobra+singular": JOINT}
+SETTINGS = {"paper": PAPER, "cobra": COBRA, "singular": SINGULAR, "cobra+singular": JOINT, "cobra+third": THIRD}
 TIGHT = 2 / 9  # the parameters of rank 1 on the layers below, over those of rank 1 on all linear layers of MiniLM
 # at an average rank below 1 LoRA has to choose layers: its usual choice, at rank 1
 FEW_LAYERS = {
@@ -40,8 +43,6 @@ FEW_LAYERS = {
     "random": {"r_max_multiple": 18},
     "singular": {**SINGULAR, "r_max_multiple": 18},
 }
-# inputs vary about three times as much along the calibration's gradient as along a uniform row (`bench.accuracy.starts`)
-LONG_ROWS, SHORT_ROWS = 3.0, 1 / 3
 REGRESSION_PARTS = (
     {},
     {"init": "uniform"},

@@ -68,6 +68,8 @@ SEARCHES = (
         {"lora": RATES[1:], "cobra": RATES[1:4], "singular": RATES[:3], "adalora": (8e-3, 1.6e-2, 3.2e-2)},
         seeds=SEARCH_SEEDS,
     ),
+    # LoRA+: of lora_A, that of lora_B is 16 times as high
+    Search(REGRESSIONS, 2, {}, {"loraplus": RATES[:3]}, seeds=SEARCH_SEEDS),
     # after few steps rates of one seed differ by less than its noise
     Search(
         SEARCH_TASKS,
@@ -76,6 +78,7 @@ SEARCHES = (
         {"cobra": RATES[1:], "lora": RATES[1:], "singular": RATES[1:4], "adalora": (*RATES[1:], 1.6e-2)},
         seeds=SEARCH_SEEDS,
     ),
+    Search(SEARCH_TASKS, 2, SHORT, {"cobra+third": RATES[1:4]}, seeds=SEARCH_SEEDS),
     Search(SEARCH_TASKS, 2, {}, dict.fromkeys(VARIANTS, RATES[1:])),
     Search(REGRESSIONS[:1], 2, LONG, {"lora": RATES[2:], "cobra": RATES[1:]}),
     Search(
