@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.accuracy.machine import Seconds, check_device, machine_name, peak_memory_mb
+from bench.accuracy import machine
+from bench.accuracy.machine import Seconds, check_device, machine_name, peak_memory_mb, source_digest
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,6 +20,21 @@ def test_devices():
         check_device("meta")
     instructions = torch.backends.cpu.get_cpu_capability()
     assert machine_name("cpu").endswith(f" {instructions}, {torch.get_num_threads()} threads")
+
+
+def test_sources_are_told_apart(tmp_path, monkeypatch):
+    """By contents and names of what is run; other files do not count."""
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    (tmp_path / "cobra" / "cli").mkdir(parents=True)
+    path = tmp_path / "cobra" / "cli" / "a.py"
+    found = []
+    for text in ("x = 1", "x = 2", "x = 1"):
+        path.write_text(text)
+        found.append(source_digest.__wrapped__())
+    (tmp_path / "README.md").write_text("words")
+    assert source_digest.__wrapped__() == found[0] == found[2] != found[1] and len(found[0]) == 12
+    path.rename(path.with_name("b.py"))
+    assert source_digest.__wrapped__() != found[0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")

@@ -48,6 +48,19 @@ def test_validation_counts_and_not_test():
     assert found.validation.mean == pytest.approx(-0.1) and found.test.mean > -0.05
 
 
+def test_training_losses_stand_beside_loras():
+    """Mean of the ratios of pairs; without AdaLoRA's, which hold a penalty."""
+    rows = runs_of("hyper") + runs_of("hyper", method="adalora")[len(SEEDS) :]
+    for each in rows:
+        each["train_loss"] = 0.5 if each["method"] == "lora" else (0.4, 0.6, 0.6, 0.8)[each["seed"]]
+    found = {replication.method: replication for replication in replications(summarise(rows, FEW))}
+    assert found["cobra"].training == pytest.approx(0.2) and (found["cobra"].higher, found["cobra"].pairs) == (3, 4)
+    assert found["adalora"].training is None
+    shown = tables.replication(rows, summarise(rows, FEW)).splitlines()
+    assert any("| cobra |" in line and line.endswith("| +20% (3 of 4) |") for line in shown)
+    assert any("| adalora |" in line and line.endswith("| – |") for line in shown)
+
+
 def test_the_mean_is_over_the_tasks_of_the_test():
     """A method that lacks a task has no mean on test, and so none here."""
     rows = runs_of("hyper", "topics") + runs_of("hyper", method="plan")[len(SEEDS) :]

@@ -16,8 +16,8 @@ from bench.accuracy.tasks import Example
 
 pytestmark = pytest.mark.filterwarnings("ignore:the path integral misses")
 FIELDS = {
-    "key", "phase", "task", "kind", "model", "method", "average_rank", "seed", "config", "versions", "machine", "seconds",
-    "peak_memory_mb", "trainable_parameters", "head_parameters", "ranks", "train_loss", "validation", "test",
+    "key", "phase", "task", "kind", "model", "method", "average_rank", "seed", "config", "versions", "code", "machine",
+    "seconds", "peak_memory_mb", "trainable_parameters", "head_parameters", "ranks", "train_loss", "validation", "test",
 }  # fmt: skip
 METRICS = {"accuracy", "macro_f1", "mcc", "nll", "ece", "brier"}
 

@@ -58,6 +58,18 @@ def test_holm_runs_over_the_cells_of_one_method():
         assert [c.corrected for c in mine] == pytest.approx(holm([c.gain.p for c in mine]))
 
 
+def test_the_forms_of_cobra_are_one_family():
+    """On every model that they were run on; a peer's p is its own."""
+    rows = study({"lora": 0.7, "cobra": 0.72, "cobra+singular": 0.73, "adalora": 0.71}, ranks=(2,))
+    rows += [row(m, "hyper", 2, s, level=v, model="mpnet") for m, v in (("lora", 0.7), ("cobra", 0.72)) for s in range(5)]
+    found = summarise(rows, FEW)
+    for of in (found.comparisons, [mean for mean in found.means if mean.gain]):
+        ours, theirs = [c for c in of if c.method.startswith("cobra")], [c for c in of if c.method == "adalora"]
+        assert len(ours) == (5 if of is found.comparisons else 3)
+        for family in (ours, theirs):
+            assert [c.corrected for c in family] == pytest.approx(holm([c.gain.p for c in family]))
+
+
 def test_wins_ties_and_losses():
     rows = study({"lora": 0.7, "cobra": 0.85, "plan": 0.7, "random": 0.55})
     found = win_tie_loss(summarise(rows, FEW).comparisons)

@@ -7,6 +7,7 @@ from bench.accuracy import tables
 from bench.accuracy.evidence import TABLES
 from bench.accuracy.formats import EMPTY, markdown, number, p_value, percent
 from bench.accuracy.intervals import seeds_estimate
+from bench.accuracy.searches import SAME_TIME
 from bench.accuracy.statistics import Choice, summarise
 
 FEW = 200
@@ -48,6 +49,7 @@ def test_markdown_is_rectangular(table, rows, summary):
     more = [row("cobra", phase=phase, seed=s, lr=lr) for phase, s, lr in studies]
     more += [row("cobra", phase="ablation", seed=s, settings=(("row_scale", 3.0),)) for s in range(2)]
     more += [row("lora", phase="search", seed=100, lr=lr) for lr in (0.003, 0.01)]
+    more += [row("lora", "foods", seed=s, **SAME_TIME) for s in range(2)]
     text = table([*rows, *more], summary)
     widths = {tuple(line.count("|") for line in block.splitlines()) for block in text.split("\n\n") if block.startswith("|")}
     assert widths and all(len(set(width)) == 1 for width in widths)
@@ -119,15 +121,15 @@ def test_budget(rows, summary):
 
 
 def test_cost(rows, summary):
-    """(4 + 14) / (4 + 10), over 9 pairs of three tasks and three seeds."""
+    """(4 + 14) / (4 + 10), over 9 pairs of three tasks and three seeds; evaluation took as long."""
     line = next(line for line in tables.cost(rows, summary).splitlines() if "rank 2 | cobra |" in line)
-    assert line == "| minilm, rank 2 | cobra | 4.0 | 14.0 | 2.0 | 1.29 (9) | 900 |"
+    assert line == "| minilm, rank 2 | cobra | 9 | 4.0 | 14.0 | 1.29 | 1.00 | 900 |"
 
 
 def test_cost_of_other_machines_is_not_compared(rows):
     moved = [{**r, "machine": "another"} if r.get("method") == "cobra" else r for r in rows]
     line = next(line for line in tables.cost(moved, summarise(moved, FEW)).splitlines() if "rank 2 | cobra |" in line)
-    assert "| – (0) |" in line
+    assert line == "| minilm, rank 2 | cobra | 0 | – | – | – | – | 900 |"
 
 
 def test_factors():

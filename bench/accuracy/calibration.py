@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from bench.accuracy.cells import BASELINE, Cell, Place
+from bench.accuracy.cells import BASELINE, Cell, Place, family_of
 from bench.accuracy.intervals import Estimate, holm, mean_of, seeds_estimate
 from bench.accuracy.statistics import Summary
 
@@ -16,7 +16,7 @@ METRICS = {"nll": "NLL", "ece": "ECE", "brier": "Brier"}
 class CalibrationChange:
     """Mean over tasks of the paired differences to LoRA, seed by seed on the same test examples; negative is better.
 
-    corrected: Holm's p over all metrics and places of the method
+    corrected: Holm's p over all metrics and places of the method's family
     """
 
     place: Place
@@ -60,8 +60,8 @@ def _change(summary: Summary, cell: Cell, method: str, metric: str, seeds: Seque
 
 def _corrected(found: Sequence[CalibrationChange]) -> list[CalibrationChange]:
     out = list(found)
-    for method in {change.method for change in found}:
-        family = [i for i, change in enumerate(found) if change.method == method]
+    for name in {family_of(change.method) for change in found}:
+        family = [i for i, change in enumerate(found) if family_of(change.method) == name]
         for i, p in zip(family, holm([found[i].change.p for i in family]), strict=True):
             out[i] = replace(found[i], corrected=p)
     return out

@@ -21,6 +21,7 @@ ORDER = (
     "lora", "rslora", "loraplus", "dora", "eva", "adalora", "uniform", "random", "plan", "singular", "paper", "cobra",
     "cobra+singular", "cobra+third", "full",
 )  # fmt: skip
+FORMS = ("cobra", "cobra+singular", "cobra+third")
 
 
 class Place(NamedTuple):
@@ -68,6 +69,11 @@ def method_order(method: str) -> tuple[int, str]:
 
 def sort_methods(methods: Iterable[str]) -> list[str]:
     return sorted(set(methods), key=method_order)
+
+
+def family_of(method: str) -> str:
+    """What p-values are corrected over: the forms of COBRA are one method, wherever they were run."""
+    return FORMS[0] if method in FORMS else method
 
 
 def higher_is_better(kind: str) -> bool:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.accuracy import diagnosis, figures, searches, starts, tables
+from bench.accuracy import diagnosis, equal_time, figures, repeats, searches, starts, tables
 from bench.accuracy.forms import TIGHT
 from bench.accuracy.metrics import SCALED
 from bench.accuracy.rows import ROWS, read_rows
@@ -40,6 +40,8 @@ TABLES: dict[str, Callable[[Sequence[dict], Summary], str]] = {
     "factors": tables.factors,
     "ablations": lambda rows, summary: tables.factors(rows, summary, "ablation"),
     "row-lengths": tables.row_lengths,
+    "equal-time": equal_time.table,
+    "repeats": repeats.table,
     "starts": lambda rows, summary: starts.markdown(starts.read_rows()),
     "search": lambda rows, summary: tables.search(rows, RULE, searches.chosen(rows)),
     "budget": tables.budget,

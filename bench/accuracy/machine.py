@@ -1,16 +1,20 @@
-"""What a run costs on the machine it is on: seconds and peak memory, of the process on a CPU and of the device on a GPU."""
+"""What a run costs on the machine it is on, of the process on a CPU and of the device on a GPU; and by which code."""
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).parents[2]
+SOURCES = ("cobra/**/*.py", "cobra_kernels/*.py", "csrc/*", "bench/accuracy/*.py")
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -44,6 +48,15 @@ def machine_name(device: str) -> str:
     if _is_gpu(device):
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+@cache
+def source_digest() -> str:
+    """12 hex digits of the sources that a run depends on: rows of one digest are of the same code."""
+    found = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern) if path.is_file()):
+        found.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def forget_peak_memory(device: str) -> None:

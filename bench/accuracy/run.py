@@ -20,7 +20,7 @@ import cobra
 from bench.accuracy import language
 from bench.accuracy.bf16 import bf16_products
 from bench.accuracy.encoder import LOADERS, Batch, Encoded, fit_head, load_model, predict
-from bench.accuracy.machine import Seconds, check_device, forget_peak_memory, machine_name, peak_memory_mb
+from bench.accuracy.machine import Seconds, check_device, forget_peak_memory, machine_name, peak_memory_mb, source_digest
 from bench.accuracy.methods import Attached, attach, directions_needed, needs_scores
 from bench.accuracy.metrics import (
     SCALED,
@@ -123,6 +123,7 @@ def _run(recipe: Recipe, data: Path | None, device: str) -> dict:
         "seed": recipe.seed,
         "config": recipe.to_dict(),
         "versions": {name: version(name) for name in PACKAGES},
+        "code": source_digest(),
         "machine": machine_name(device),
         "seconds": seconds.spent,
         "peak_memory_mb": peak_memory_mb(device),

@@ -26,6 +26,7 @@ GLUE = ("sst2", "cola", "mrpc", "rte")
 GRADED = ("stsb", "fiqa")
 SHORT = {"steps": 50}
 LONG = {"steps": 600}
+SAME_TIME = {"steps": 332}  # what plain LoRA does in the time of COBRA's 200 at rank 2, calibration included
 FEW = {"examples": 500}
 NOISY = {"noise": 0.3}
 LARGER = {"model": "mpnet"}
@@ -80,6 +81,7 @@ SEARCHES = (
     ),
     Search(SEARCH_TASKS, 2, SHORT, {"cobra+third": RATES[1:4]}, seeds=SEARCH_SEEDS),
     Search(SEARCH_TASKS, 2, {}, dict.fromkeys(VARIANTS, RATES[1:])),
+    Search(REGRESSIONS, 2, SAME_TIME, {"lora": RATES[2:]}),
     Search(REGRESSIONS[:1], 2, LONG, {"lora": RATES[2:], "cobra": RATES[1:]}),
     Search(
         LANGUAGE[:1],

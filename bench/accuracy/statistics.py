@@ -4,7 +4,7 @@ settings on validation; and the checks that make a comparison fair.
 Gains are positive where a method is better: the difference of accuracies, or by how much the loss of a regression or language
 task falls, relative to LoRA's. Methods are compared on the seeds that both have. How intervals and p-values come about, and
 which of them hold with 5 seeds, stands in `bench.accuracy.intervals`; verdicts use `Estimate.p`, corrected by Holm over all
-cells (tasks × ranks) of one method.
+cells of one method, whatever the model, rank and conditions; the forms of COBRA count as one (`cells.family_of`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from bench.accuracy.cells import (
     cell_of,
     condition_of,
     differing,
+    family_of,
     flat,
     group,
     higher_is_better,
@@ -241,18 +242,13 @@ def _gain(methods: dict[str, Runs], method: str) -> np.ndarray:
 
 
 def _corrected(found: list) -> list:
-    """With Holm's p over all that one method of one model has."""
+    """With Holm's p over all that a family of methods has."""
     out = list(found)
-    for model, method in {(_place(c).model, c.method) for c in found}:
-        mine = [i for i, c in enumerate(found) if (_place(c).model, c.method) == (model, method)]
-        family = [i for i in mine if found[i].gain is not None]
+    for name in {family_of(c.method) for c in found}:
+        family = [i for i, c in enumerate(found) if family_of(c.method) == name and c.gain is not None]
         for i, p in zip(family, holm([found[i].gain.p for i in family]), strict=True):
             out[i] = replace(found[i], corrected=p)
     return out
-
-
-def _place(found: Comparison | MeanOverTasks) -> Place:
-    return found.cell.place if isinstance(found, Comparison) else found.place
 
 
 def _verdict(comparison: Comparison) -> str:

@@ -132,13 +132,17 @@ def means(rows: Sequence[dict], summary: Summary) -> str:
 
 
 def replication(rows: Sequence[dict], summary: Summary) -> str:
-    """Every mean gain over LoRA on test, and the same runs' on validation."""
+    """Every mean gain over LoRA on test, the same runs' on validation, and their training loss beside LoRA's."""
     out = []
     for found in replications(summary):
         unit = _unit(found.kind)
         gains = [(_signed(gain, unit), interval(gain, unit)) for gain in (found.test, found.validation)]
-        out.append((str(found.place), found.kind, found.method, *gains[0], *gains[1]))
-    header = ("at", "tasks", "method", "gain on test", "95 % interval", "gain on validation", "95 % interval over seeds")
+        fitted = MISSING if found.training is None else f"{found.training:+.0%} ({found.higher} of {found.pairs})"
+        out.append((str(found.place), found.kind, found.method, *gains[0], *gains[1], fitted))
+    header = (
+        *("at", "tasks", "method", "gain on test", "95 % interval", "gain on validation", "95 % interval over seeds"),
+        "training loss (pairs above)",
+    )
     return markdown(header, out)
 
 
@@ -197,19 +201,23 @@ def budget(rows: Sequence[dict], summary: Summary) -> str:
 
 
 def cost(rows: Sequence[dict], summary: Summary) -> str:
-    """Median seconds and memory; the ratio is the median over runs paired by task, seed and machine."""
+    """Median seconds beside LoRA's over runs paired by task, seed and machine, and memory.
+
+    Evaluation is the same work for all methods but those that peft does not merge; where its ratio is far from 1, the machine
+    was not equally busy, and the ratio of training says as little.
+    """
     out = []
     for place in summary.places():
         cells = summary.cells(place)
         for method in summary.methods(cells):
+            pairs = [pair for cell in cells for pair in _on_one_machine(summary.runs[cell], method)]
             found = [row for cell in cells for row in summary.runs[cell].get(method, {}).values()]
-            ratios = [ratio for cell in cells for ratio in _time_ratios(summary.runs[cell], method)]
-            seconds = [
-                median([row["seconds"].get(stage) for row in found], ".1f") for stage in ("calibrate", "train", "evaluate")
-            ]
+            timed = [ours for ours, _ in pairs]
+            seconds = [median([row["seconds"].get(stage) for row in timed], ".1f") for stage in ("calibrate", "train")]
+            ratios = [median([spent(ours) / spent(lora) for ours, lora in pairs], ".2f") for spent in (_spent, _evaluated)]
             memory = median([row.get("peak_memory_mb") for row in found], ".0f")
-            out.append((str(place), method, *seconds, f"{median(ratios, '.2f')} ({len(ratios)})", memory))
-    header = ("at", "method", "calibrate s", "train s", "evaluate s", "calibrate + train ÷ LoRA (pairs)", "peak MB")
+            out.append((str(place), method, f"{len(pairs)}", *seconds, *ratios, memory))
+    header = ("at", "method", "pairs", "calibrate s", "train s", "calibrate + train ÷ LoRA", "evaluate ÷ LoRA", "peak MB")
     return markdown(header, out)
 
 
@@ -313,14 +321,19 @@ def _mean_metric(found: Sequence[Runs | None], name: str) -> Estimate | None:
     return mean_of([seeds_estimate([row["test"][name] for row in each.values()]) for each in found])
 
 
-def _time_ratios(methods: dict[str, Runs], method: str) -> list[float]:
+def _on_one_machine(methods: dict[str, Runs], method: str) -> list[tuple[dict, dict]]:
+    """Rows of the method and LoRA's of the same seeds."""
     found, base = methods.get(method, {}), methods.get(BASELINE, {})
     shared = [seed for seed in found if seed in base and found[seed]["machine"] == base[seed]["machine"]]
-    return [_spent(found[seed]) / _spent(base[seed]) for seed in shared]
+    return [(found[seed], base[seed]) for seed in shared]
 
 
 def _spent(row: dict) -> float:
     return row["seconds"].get("calibrate", 0.0) + row["seconds"]["train"]
+
+
+def _evaluated(row: dict) -> float:
+    return row["seconds"]["evaluate"]
 
 
 def _effect(effect: Effect, task: str) -> str:
