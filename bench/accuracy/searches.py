@@ -66,11 +66,11 @@ SEARCHES = (
         REGRESSIONS,
         8,
         {},
-        {"lora": RATES[1:], "cobra": RATES[1:4], "singular": RATES[:3], "adalora": (8e-3, 1.6e-2, 3.2e-2)},
+        {"lora": RATES[1:], "cobra": RATES[1:4], "singular": RATES[:3], "adalora": (*RATES[3:], 1.6e-2, 3.2e-2)},
         seeds=SEARCH_SEEDS,
     ),
     # LoRA+: of lora_A, that of lora_B is 16 times as high
-    Search(REGRESSIONS, 2, {}, {"loraplus": RATES[:3]}, seeds=SEARCH_SEEDS),
+    Search(REGRESSIONS, 2, {}, {"loraplus": RATES[:3]}),
     # after few steps rates of one seed differ by less than its noise
     Search(
         SEARCH_TASKS,
