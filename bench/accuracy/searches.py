@@ -59,7 +59,7 @@ SEARCHES = (
         REGRESSIONS,
         2,
         {},
-        dict.fromkeys(("lora", "cobra", "singular"), RATES[2:]) | {"adalora": (8e-3, 1.6e-2, 3.2e-2)},
+        dict.fromkeys(PEERS[:2], RATES[2:]) | {"singular": RATES[1:], "adalora": (8e-3, 1.6e-2, 3.2e-2)},
         seeds=SEARCH_SEEDS,
     ),
     Search(
