@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -214,20 +214,21 @@ class Adapter:
                         stack.enter_context(layer.cut_to(*matrices))
             yield
 
-    def apply(self, plan: RankPlan, optimizer: Optimizer | None = None) -> None:
+    def apply(self, plan: RankPlan, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:
         """Cuts the matrices to the kept ranks. Layers of rank 0 become the base model's own modules again.
 
         optimizer: takes over the cut parameters, with their state cut alike (in the singular basis, and of optimizers whose
-            state cannot be cut, it starts anew), and loses those that are gone. Without it, make a new optimizer from
-            `parameter_groups`: the old one holds parameters that no longer count.
+            state cannot be cut, it starts anew), and loses those that are gone; a sequence where several hold them. Without
+            it, make a new optimizer from `parameter_groups`: the old one holds parameters that no longer count.
 
-        Raises ValueError for a plan of another adapter, or one that was applied before.
+        Raises ValueError for a plan of another adapter or one applied before, and for optimizers that lack what trains on.
         """
         self._check_plan(plan)
         distributed.check_whole(self.state_dict(), "apply(plan)")
+        optimizers = shrink.holders(optimizer, self.groups, plan)
         warn_of_an_early_cut(self.groups, self.config, self.current_step)
-        if optimizer is not None and not any(site.energy for site in plan.sites):
-            shrink.renew_uncuttable(optimizer, self._matrices())
+        if not any(site.energy for site in plan.sites):
+            shrink.renew_uncuttable(optimizers, self._matrices())
         removed: list[nn.Parameter] = []
         dropped: list[Site] = []
         for group, site in zip(self.groups, plan.sites, strict=True):
@@ -235,20 +236,19 @@ class Adapter:
                 removed.append(group.gate)
             for base, layers in zip(group.sites, group.layers, strict=True):
                 if site.kept:
-                    shrink.shrink_layers(layers, site, plan.fold, optimizer)
+                    shrink.shrink_layers(layers, site, plan.fold, optimizers)
                 else:
                     removed += [layers[0].lora_A, layers[0].lora_B]
                     dropped.append(base)
         self._restore(dropped)
         self.dropped += dropped
-        if optimizer is not None:
-            shrink.forget(optimizer, removed)
+        shrink.forget(optimizers, removed)
         self.groups = [group for group, site in zip(self.groups, plan.sites, strict=True) if site.kept]
         self.plan = plan
         if self.shared_inputs is not None:
             self.shared_inputs.forget()
         # without the heads: they are the same objects after the cut, and an old optimizer goes on moving them
-        self._at_cut = StillParameters(self._matrices()) if optimizer is None else None
+        self._at_cut = None if optimizers else StillParameters(self._matrices())
         self._steps_since_change = 0
 
     def _matrices(self) -> list[nn.Parameter]:

@@ -41,6 +41,7 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
 
     Raises ValueError for an adapter already attached, scores of another model or another granularity, a budget above
     capacity or below the cheapest rank, unknown modules_to_save, and what `find_sites` raises; the model is then unchanged.
+    Warns of a module trained whole that shares a weight with another one.
     """
     _check_free(model)
     sites = find_sites(model, config.target_modules, allow_quantised=True)
@@ -66,6 +67,7 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
     priors = _priors(members, ranks, config, scores)
     starts = _starts(sites, config, scores)
     heads = _heads(model, config, sites)
+    _warn_of_tied_heads(model, heads)
 
     average_rank = budget.amount / (len(members) if budget.unit == "ranks" else sum(costs))
     cut = sum(map(math.prod, zip(ranks, costs, strict=True))) > allocation.spent
@@ -189,10 +191,16 @@ def _scored_sites(model: nn.Module, sites: list[Site], config: CobraConfig, scor
             "use one granularity for both"
         )
     known = {member for group in scores.members for member in group} | scores.unused.keys()
-    missing = sorted(known - {name for name, _ in model.named_modules(remove_duplicate=False)})
+    modules = dict(model.named_modules(remove_duplicate=False))
+    missing = sorted(known - modules.keys())
     if missing:
         raise ValueError(f"the scores are of another model: this one has no layer {missing[0]!r} ({len(missing)} are missing)")
-    found = fingerprint(find_sites(model, lambda name, module: name in known, allow_quantised=True))
+    # scores know a weight by the first of the layers that share it
+    weights = {id(weight): weight for name in known if (weight := getattr(modules[name], "weight", None)) is not None}
+    scored = find_sites(
+        model, lambda name, module: name in known or id(getattr(module, "weight", None)) in weights, allow_quantised=True
+    )
+    found = fingerprint(scored)
     if found != scores.fingerprint:
         raise ValueError(
             f"the scores are of another model: their fingerprint is {scores.fingerprint}, this model's {found}; "
@@ -305,6 +313,20 @@ def _heads(model: nn.Module, config: CobraConfig, sites: list[Site]) -> dict[str
             raise ValueError(f"modules_to_save and target_modules both name {sorted(both)[0]!r}; leave it out of one")
         found |= matches
     return found
+
+
+def _warn_of_tied_heads(model: nn.Module, heads: dict[str, nn.Module]) -> None:
+    """peft gives every module of modules_to_save weights of its own: what they are tied to would stay as in the base."""
+    within = {id(part) for head in heads.values() for part in head.modules()}
+    owners = {id(p): name for name, head in heads.items() for p in head.parameters()}
+    for name, module in model.named_modules():
+        tied = [owners[id(p)] for p in module.parameters(recurse=False) if id(p) in owners]
+        if tied and id(module) not in within:
+            warnings.warn(
+                f"modules_to_save: {tied[0]} shares a weight with {name}, which is trained with it here and stays as in the "
+                f"base where peft loads the saved adapter: name both of them, or leave {tied[0]} out",
+                stacklevel=3,
+            )
 
 
 def _attach_group(

@@ -62,8 +62,8 @@ class Budget:
     def __post_init__(self):
         if isinstance(self.tied, list):
             object.__setattr__(self, "tied", tuple(self.tied))
-        _require(_is_whole(self.amount), f"amount={self.amount!r}", "an integer >= 0")
-        _require(_is_whole(self.multiple) and self.multiple > 0, f"multiple={self.multiple!r}", "an integer >= 1")
+        _require(is_whole(self.amount), f"amount={self.amount!r}", "an integer >= 0")
+        _require(is_whole(self.multiple) and self.multiple > 0, f"multiple={self.multiple!r}", "an integer >= 1")
         for name, choices in (("unit", UNITS), ("objective", OBJECTIVES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, choices))}")
@@ -72,7 +72,7 @@ class Budget:
             if isinstance(limit, Mapping):
                 object.__setattr__(self, name, limit := dict(limit))
             ranks = limit.values() if isinstance(limit, dict) else [limit]
-            fits = all(map(_is_whole, ranks)) or (limit is None and name == "maximum")
+            fits = all(map(is_whole, ranks)) or (limit is None and name == "maximum")
             _require(fits, f"{name}={limit!r}", "an integer >= 0, or a mapping from names to such")
         is_names = isinstance(self.tied, tuple) and all(isinstance(pattern, str) for pattern in self.tied)
         _require(is_names, f"tied={self.tied!r}", f"a tuple of regular expressions or of {', '.join(map(repr, TIES))}")
@@ -166,8 +166,10 @@ def allocate(names: Sequence[str], values: Sequence[Values], costs: Sequence[int
     number = np.arange(len(owner)) - first[owner]
     used = index // budget.multiple < high[tie[group]]
     slot = (first[tie[group]] + index // budget.multiple)[used]
-    share = (cost if budget.objective == "mass" else np.ones_like(cost)) / step_cost[tie]
-    density = np.bincount(slot, weights=(flat[best] * share[group])[used], minlength=len(owner))
+    weight = cost if budget.objective == "mass" else np.ones_like(cost)
+    density = _means(flat[best][used], weight[group][used], slot, len(owner))
+    if budget.objective == "count":
+        density /= (step_cost / (np.bincount(tie) * budget.multiple))[owner]
     position = number.copy()
     if budget.multiple == 1:  # a gate bought alone comes as early as its index says
         alone = (np.bincount(tie) == 1)[tie[group[used]]]
@@ -293,6 +295,19 @@ def _search(classes: list[_Class], left: int, price: float, found: tuple, reach:
     return (float(loss[at]), int(remaining[at]), float(lateness[at]), chosen.tolist()), complete
 
 
+def _means(value: Array, weight: Array, slot: Array, slots: int) -> Array:
+    """(slots,) weighted mean of the values in each slot; of equal ones that value, to the bit.
+
+    value, weight, slot: (n,); no slot is empty
+    """
+    least, largest = np.full(slots, np.inf), np.zeros(slots)
+    np.minimum.at(least, slot, value)
+    np.maximum.at(largest, slot, value)
+    total = np.bincount(slot, weights=value * weight, minlength=slots)
+    mean = total / np.bincount(slot, weights=weight, minlength=slots)
+    return np.clip(mean, least, largest)  # a mean is within them but for its rounding
+
+
 def _ranked(x: Array) -> Array:
     """(n,) 0 for the largest value, 1 for the next, …; equal values have equal numbers."""
     order = np.argsort(-x)
@@ -390,7 +405,8 @@ def _close(word: object, names: Sequence[str]) -> str:
     return f" (did you mean {', '.join(map(repr, close))}?)"
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Whether a value is an integer of at least 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 

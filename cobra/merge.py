@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from cobra.batch import Batch, model_device
 from cobra.deploy.cost import WORKSPACE, MergeSchedule, SiteShape, merge_schedule
 from cobra.lora import LoraLayer
 from cobra.notebook import folded_table
-from cobra.sites import Site, is_conv1d, linear_weight, quantised
+from cobra.sites import Site, fingerprint, is_conv1d, linear_weight, quantised
 from cobra_kernels.merge_lora import MergeItem, merge_lora_group
 
 ABOVE = ("raise", "keep")
@@ -87,16 +89,27 @@ class MergeReport:
 @dataclass(frozen=True)
 class Merge:
     """Merged layers and the way back: the original storage, or a copy of it where something else looks at it too; None where
-    the weights were merged in place."""
+    the weights were merged in place.
+
+    written: fingerprint of the merged weights
+    """
 
     sites: tuple[Site, ...]
     originals: tuple[Tensor, ...] | None
     reports: tuple[SiteReport, ...]
     kept: bool
+    written: str
 
     def undo(self) -> None:
+        """Raises ValueError where the weights were merged in place, and where they are not as this merge left them."""
         if self.originals is None:
             raise ValueError("merged in place (reversible=False), the base weights are gone: load the base model again")
+        cast = any(site.module.weight.dtype != w.dtype for site, w in zip(self.sites, self.originals, strict=True))
+        if not cast and fingerprint(list(self.sites)) != self.written:
+            raise ValueError(
+                "the weights are not those that this merge wrote, and what was changed since would be lost: unmerge() the "
+                "adapter first that was merged after this one"
+            )
         for site, original in zip(self.sites, self.originals, strict=True):
             _set_weight(site.module.weight, original)
 
@@ -131,20 +144,25 @@ def merge_layers(
         )
     done = [i for i, report in enumerate(reports) if report.merged]
     originals = tuple(_replace_weight(work[i][0].module, weights[i]) for i in done)
-    return Merge(tuple(work[i][0] for i in done), originals, tuple(reports), kept=bool(lossy))
+    sites = [work[i][0] for i in done]
+    return Merge(tuple(sites), originals, tuple(reports), kept=bool(lossy), written=fingerprint(sites))
 
 
 @torch.no_grad()
 def merge_layers_in_place(work: Sequence[tuple[Site, LoraLayer]], workspace: int = WORKSPACE) -> Merge:
-    """As `merge_layers` without new memory and without a way back; a sum that is not finite raises when it is too late."""
+    """As `merge_layers` without new memory and without a way back; a sum that is not finite raises when it is too late.
+
+    Raises ValueError, before anything is merged, for weights that share memory.
+    """
     items = _items(work)
+    _require_apart(items)
     schedule_of(items, workspace)  # says now what it has to say
     try:
         _, statistics = _merge_in_chunks(items, [item.weight for item in items], workspace)
         reports = [_report(item, sums, None) for item, sums in zip(items, statistics.tolist(), strict=True)]
     except Exception as error:
         raise ValueError(f"{error}; weights may be merged in place by now: load the base model again") from error
-    return Merge(tuple(site for site, _ in work), None, tuple(reports), kept=False)
+    return Merge(tuple(site for site, _ in work), None, tuple(reports), kept=False, written="")
 
 
 def _items(work: Sequence[tuple[Site, LoraLayer]]) -> list[MergeItem]:
@@ -155,6 +173,30 @@ def _items(work: Sequence[tuple[Site, LoraLayer]]) -> list[MergeItem]:
                 "load the base unquantised or model.dequantize() it, and cobra.load_adapter(dir).attach(model).merge() there"
             )
     return [MergeItem(linear_weight(site.module), layer.lora_A, layer.lora_B, site.name) for site, layer in work]
+
+
+def _require_apart(items: Sequence[MergeItem]) -> None:
+    """Raises ValueError naming two layers whose weights have elements in common: in place both updates would add up there."""
+    parts = [_extents(item.weight) for item in items]
+    extents = np.concatenate([np.empty((0, 2), np.int64), *parts])
+    owner = np.repeat(np.arange(len(items)), np.array([len(part) for part in parts], np.int64))
+    order = np.argsort(extents[:, 0])
+    begin, end = extents[order].T
+    for k in np.flatnonzero(begin[1:] < end[:-1])[:1]:
+        first, second = (items[i].name for i in sorted(owner[order[k : k + 2]]))
+        raise ValueError(
+            f"{first} and {second} hold their weights in the same memory, where in place each would get the updates of both; "
+            "nothing is merged: give one a copy first, module.weight.data = module.weight.data.clone()"
+        )
+
+
+def _extents(weight: Tensor) -> np.ndarray:
+    """(n, 2) first byte and end of every stretch of memory of a weight (N, K): its rows or columns, or else its elements."""
+    weight = weight.t() if weight.stride(0) == 1 else weight
+    (N, K), (row, column), size = weight.shape, weight.stride(), weight.element_size()
+    run = max(K, 1) if column == 1 else 1
+    begin = weight.data_ptr() + size * (row * np.arange(N)[:, None] + column * np.arange(0, K, run)).ravel()
+    return np.stack((begin, begin + size * run), axis=1)
 
 
 def schedule_of(items: Sequence[MergeItem], workspace: int) -> MergeSchedule:
@@ -200,7 +242,12 @@ def probe_outputs(model: nn.Module, values: object) -> Tensor:
             module.training = training
     found = getattr(outputs, "logits", None)
     if found is None:
-        found = outputs if isinstance(outputs, Tensor) else next(v for v in outputs.values() if isinstance(v, Tensor))
+        tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.ndim]  # a loss has none
+        if not tensors:
+            raise ValueError(
+                f"probe: the model returns {type(outputs).__name__} without a tensor of outputs; merge without probe"
+            )
+        found = tensors[0]
     return found.float().cpu()
 
 

@@ -4,7 +4,8 @@
     regression            F = the output (summed over outputs)           L = mean squared error
     language modelling    F = mean log-probability of gold tokens        L = minus F
 
-Told apart by shapes: labels (B,) of integers, labels of floats, labels (B, T) of integers. Label -100 is masked.
+Told apart by shapes: labels (B,) of integers, labels of floats, labels (B, T) of integers. Label -100 is masked. Integers for a
+transformers classifier that is a regression, by its config, are taken as floats, as its own loss does.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ IGNORED = -100
 
 def default_target(model: nn.Module, outputs: Any, batch: Batch) -> Tensor:
     """F of every example, (B,)."""
-    logits, labels = _logits(outputs), _labels(batch)
-    _check_labels(outputs, batch)
+    logits, labels = _logits(outputs), _labels(model, batch)
+    _check_labels(logits, labels)
     if labels.is_floating_point():
         return logits.reshape(batch.size, -1).float().sum(1)
     if labels.ndim == 1:
@@ -35,8 +36,8 @@ def default_target(model: nn.Module, outputs: Any, batch: Batch) -> Tensor:
 
 def default_loss(model: nn.Module, outputs: Any, batch: Batch) -> Tensor:
     """L of every example, (B,); 0 where all labels are masked."""
-    logits, labels = _logits(outputs), _labels(batch)
-    _check_labels(outputs, batch)
+    logits, labels = _logits(outputs), _labels(model, batch)
+    _check_labels(logits, labels)
     if labels.is_floating_point():
         return (
             F.mse_loss(logits.reshape(labels.shape).float(), labels.float(), reduction="none").reshape(batch.size, -1).mean(1)
@@ -47,9 +48,10 @@ def default_loss(model: nn.Module, outputs: Any, batch: Batch) -> Tensor:
 
 
 def labelled_examples(model: nn.Module, batch: Batch) -> Tensor:
-    """Which examples have a label that counts, (B,) bool on the CPU; all where the batch has no integer labels."""
+    """Which examples have a label that counts, (B,) bool on the CPU; all where the batch has no labels that are classes."""
     labels = batch.labels
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape[:1] != (batch.size,):
+    classes = isinstance(labels, Tensor) and not labels.is_floating_point() and not _is_regression(model)
+    if not classes or labels.shape[:1] != (batch.size,):
         return torch.ones(batch.size, dtype=torch.bool)
     labels = _shifted(model, batch, labels) if labels.ndim == 2 else labels
     counts = (labels != IGNORED).cpu()
@@ -61,12 +63,10 @@ def check_classes(model: nn.Module, batch: Batch) -> None:
 
     Those of a regression may be any integers, and those of an (inputs, labels) pair do not go to the model.
     """
-    config, labels = getattr(model, "config", None), batch.labels
-    classes = getattr(config, "num_labels", None) or 1
-    regression = classes == 1 or getattr(config, "problem_type", None) == "regression"
-    if "Classification" not in type(model).__name__ or regression or not isinstance(batch.values, Mapping):
+    labels, classes = batch.labels, getattr(getattr(model, "config", None), "num_labels", None)
+    if not classes or "Classification" not in _class_name(model) or _is_regression(model):
         return
-    if isinstance(labels, Tensor) and not labels.is_floating_point():
+    if isinstance(batch.values, Mapping) and isinstance(labels, Tensor) and not labels.is_floating_point():
         _check_range(labels, classes)
 
 
@@ -75,7 +75,7 @@ def check_against_model(model: nn.Module, outputs: Any, losses: Tensor, batch: B
     own = getattr(outputs, "loss", None)
     if own is None or own.ndim:
         return
-    labels = _labels(batch)
+    labels = _labels(model, batch)
     weights = torch.ones_like(losses)
     if not labels.is_floating_point():
         gold = _shifted(model, batch, labels) if labels.ndim > 1 else labels
@@ -99,27 +99,40 @@ def _logits(outputs: Any) -> Tensor:
     return logits
 
 
-def _labels(batch: Batch) -> Tensor:
-    if not isinstance(batch.labels, Tensor):
+def _labels(model: nn.Module, batch: Batch) -> Tensor:
+    labels = batch.labels
+    if not isinstance(labels, Tensor):
         raise ValueError("the batch has no tensor 'labels'; add them, or pass target= and loss=")
-    return batch.labels
+    return labels.float() if _is_regression(model) else labels
 
 
-def _check_labels(outputs: Any, batch: Batch) -> None:
+def _class_name(model: nn.Module) -> str:
+    """Of the model itself where it is compiled."""
+    return type(getattr(model, "_orig_mod", model)).__name__
+
+
+def _is_regression(model: nn.Module) -> bool:
+    """Whether a transformers classifier fits numbers: it then takes integers too, and none of them is a class."""
+    config, name = getattr(model, "config", None), _class_name(model)
+    if "Classification" not in name or "TokenClassification" in name:
+        return False
+    problem = getattr(config, "problem_type", None)
+    return problem == "regression" or (problem is None and getattr(config, "num_labels", None) == 1)
+
+
+def _check_labels(logits: Tensor, labels: Tensor) -> None:
     """Raises ValueError for class labels that the logits have no column for."""
-    logits, labels = getattr(outputs, "logits", outputs), batch.labels
-    if (
-        not isinstance(logits, Tensor)
-        or not isinstance(labels, Tensor)
-        or labels.is_floating_point()
-        or labels.ndim + 1 != logits.ndim
-    ):
-        return
-    _check_range(labels, logits.shape[-1])
+    if not labels.is_floating_point() and labels.ndim + 1 == logits.ndim:
+        _check_range(labels, logits.shape[-1])
 
 
 def _check_range(labels: Tensor, classes: int) -> None:
     bad = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+    if bad.numel() and classes == 1:
+        raise ValueError(
+            f"label {int(bad[0])} is out of range: the model has one output, and integer labels count classes; "
+            "make the labels floating point if this is a regression"
+        )
     if bad.numel():
         raise ValueError(
             f"label {int(bad[0])} is out of range: the model has {classes} classes (and -100 means masked); "
@@ -128,12 +141,13 @@ def _check_range(labels: Tensor, classes: int) -> None:
 
 
 def _shifts_labels(model: nn.Module, batch: Batch) -> bool:
-    """transformers' decoders shift labels themselves; an (inputs, labels) pair is shifted already."""
-    if isinstance(batch.values, tuple):
-        return False
+    """transformers' causal language models shift labels themselves; an (inputs, labels) pair is shifted already."""
     config = getattr(model, "config", None)
-    masked = "MaskedLM" in type(model).__name__ or "TokenClassification" in type(model).__name__
-    return config is not None and not getattr(config, "is_encoder_decoder", False) and not masked
+    # every config of transformers says whether it is of an encoder-decoder
+    if isinstance(batch.values, tuple) or getattr(config, "is_encoder_decoder", True):
+        return False
+    named = any(part in _class_name(model) for part in ("CausalLM", "LMHeadModel"))
+    return named or any(m.can_generate() for m in model.modules() if hasattr(type(m), "can_generate"))
 
 
 def _shifted(model: nn.Module, batch: Batch, labels: Tensor) -> Tensor:

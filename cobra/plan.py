@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import reprlib
+import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cobra import storage
-from cobra.budget import Allocation, Budget, allocate
+from cobra.budget import Allocation, Budget, allocate, is_whole
 from cobra.config import CHOICES
 from cobra.notebook import folded_table
 from cobra.prior import fuse, prior_logits
@@ -99,8 +101,9 @@ class RankPlan:
 
     @classmethod
     def from_dict(cls, value: dict) -> RankPlan:
-        """From `to_dict`. Raises ValueError for missing fields and kept ranks that are no gates."""
+        """From `to_dict`. Raises ValueError for missing fields, values of a wrong type and kept ranks that are no gates."""
         try:
+            _check_fields(value)
             sites = tuple(
                 SitePlan(
                     name=s["name"],
@@ -113,7 +116,7 @@ class RankPlan:
                 for s in value["sites"]
             )
             plan = cls(sites, value["fold"], value["fingerprint"], dict(value.get("provenance", {})))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"not a complete rank plan: {error!r}") from error
         for s in plan.sites:
             if s.energy and len(s.energy) != len(s.posterior):
@@ -219,6 +222,57 @@ class RankPlan:
 
     def _repr_html_(self) -> str:
         return folded_table(self, self.table())
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a number from 0 to the largest float; integers may be larger."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+
+
+def _each(holds: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list | tuple) and all(map(holds, value))
+
+
+Check = tuple[Callable[[object], bool], str]  # what a value must be, and the same in words
+_TEXT: Check = (_is_text, "a string")
+_OBJECT: Check = (_is_object, "an object")
+_BOOL: Check = (lambda value: isinstance(value, bool), "true or false")
+_WHOLE: Check = (is_whole, "an integer >= 0")
+_PLAN = {"sites": (_each(_is_object), "a list of objects"), "fingerprint": _TEXT, "provenance": _OBJECT}
+_SITE = {
+    "name": _TEXT,
+    "members": (_each(_is_text), "a list of strings"),
+    "cost": (lambda value: is_whole(value) and value > 0, "an integer >= 1"),
+    "kept": (_each(is_whole), "a list of integers >= 0"),
+    "posterior": (_each(lambda value: _is_number(value) and value <= 1), "a list of numbers from 0 to 1"),
+    "energy": (_each(_is_number), "a list of finite numbers >= 0"),
+}
+_PROVENANCE = {"source": _TEXT, "budget": _OBJECT, "spent": _WHOLE, "optimal": _BOOL, "allocation": _TEXT, "step": _WHOLE}
+_BUDGET = {"amount": _WHOLE, "unit": _TEXT}
+
+
+def _check_fields(value: dict) -> None:
+    """Raises ValueError naming the first field whose value is not what a plan holds there, KeyError without sites."""
+    _expect("", value, _PLAN)
+    for i, site in enumerate(value["sites"]):
+        _expect(f"sites[{i}].", site, _SITE)
+    made = value.get("provenance", {})
+    _expect("provenance.", made, _PROVENANCE)
+    _expect("provenance.budget.", made.get("budget", {}), _BUDGET)
+
+
+def _expect(where: str, found: dict, checks: dict[str, Check]) -> None:
+    for name, (holds, expected) in checks.items():
+        if name in found and not holds(found[name]):
+            raise ValueError(f"{where}{name}={reprlib.repr(found[name])}: expected {expected}")
 
 
 def provenance(source: str, budget: Budget, allocation: Allocation) -> dict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cobra.distributed import whole
+from cobra.group import Group
 from cobra.linear import CobraLinear
-from cobra.plan import SitePlan
+from cobra.plan import RankPlan, SitePlan
 from cobra.singular import singular_directions
 
 FACTORED = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1}  # dimension of the matrix that a vector of Adafactor runs along
@@ -35,14 +36,42 @@ def kept_matrices(layer: CobraLinear, site: SitePlan, fold: str) -> tuple[Tensor
     return lora_A[kept], lora_B[:, kept] * fold_factors(site, fold).to(lora_B)
 
 
-def shrink_layers(layers: list[CobraLinear], site: SitePlan, fold: str, optimizer: Optimizer | None) -> None:
-    """Cuts the layers of one weight to a plan's ranks; their gates go, folded into lora_B.
+def holders(optimizer: Optimizer | Sequence[Optimizer] | None, groups: Sequence[Group], plan: RankPlan) -> list[Optimizer]:
+    """The optimizers passed: none, one or several.
 
-    In a singular basis the optimizer's state starts anew: moments of single entries do not turn with it.
+    Raises ValueError where none of those passed holds a matrix that trains on after the cut: the cut puts a new parameter in
+    its place, which an optimizer that is not passed never sees.
+    """
+    if optimizer is None:
+        return []
+    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    missing = [
+        f"{base.name}.{key}"
+        for group, site in zip(groups, plan.sites, strict=True)
+        for base, (first, *_) in zip(group.sites, group.layers, strict=True)
+        for key, p in (("lora_A", first.lora_A), ("lora_B", first.lora_B))
+        if site.kept and p.requires_grad and id(p) not in held
+    ]
+    if optimizers and missing:
+        raise ValueError(
+            f"apply(plan, optimizer): {len(missing)} matrices that train are not in it and would stand still from now on, e.g. "
+            f"{missing[0]}; pass every optimizer that holds matrices, as apply(plan, [first, second]), or freeze with "
+            "requires_grad_(False) what is not to train"
+        )
+    return optimizers
+
+
+def shrink_layers(layers: list[CobraLinear], site: SitePlan, fold: str, optimizers: Sequence[Optimizer]) -> None:
+    """Cuts the layers of one weight to a plan's ranks; their gates go, folded into lora_B. What is frozen stays so.
+
+    In a singular basis the optimizers' state starts anew: moments of single entries do not turn with it.
     """
     first = layers[0]
     lora_A, lora_B = map(nn.Parameter, kept_matrices(first, site, fold))
-    if optimizer is not None:
+    lora_A.requires_grad_(first.lora_A.requires_grad)
+    lora_B.requires_grad_(first.lora_B.requires_grad)
+    for optimizer in optimizers:
         _hand_over(optimizer, first.lora_A, lora_A, None if site.energy else (site, 0, "one"))
         _hand_over(optimizer, first.lora_B, lora_B, None if site.energy else (site, 1, fold))
     for layer in layers:
@@ -50,31 +79,35 @@ def shrink_layers(layers: list[CobraLinear], site: SitePlan, fold: str, optimize
         layer.lora_gate = layer.gate_noise = layer.gate_draw = None
 
 
-def forget(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Takes parameters out of an optimizer, with their state. Groups left empty stay: schedulers count them."""
+def forget(optimizers: Sequence[Optimizer], parameters: list[nn.Parameter]) -> None:
+    """Takes parameters out of optimizers, with their state. Groups left empty stay: schedulers count them."""
     gone = {id(p) for p in parameters}
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in gone]
-    for p in parameters:
-        optimizer.state.pop(p, None)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
+        for p in parameters:
+            optimizer.state.pop(p, None)
 
 
-def renew_uncuttable(optimizer: Optimizer, matrices: Iterable[nn.Parameter]) -> None:
-    """Where some of the matrices' state cannot be cut (8-bit optimizers), all of it starts anew, with a warning."""
-    held = [p for p in dict.fromkeys(matrices) if p in optimizer.state]
-    uncuttable = ((k, v) for p in held for k, v in optimizer.state[p].items() if not _can_be_cut(v, p.shape))
-    key, value = next(uncuttable, (None, None))
-    if key is None:
-        return
-    found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
-    warnings.warn(
-        f"{optimizer_name(optimizer)} keeps {key!r} as {type(value).__name__} ({found}), which cannot be cut rank by rank: its "
-        "state of the adapter's matrices starts anew at the cut; to carry it over take an optimizer with plain moments, as "
-        "torch.optim.AdamW",
-        stacklevel=3,
-    )
-    for p in held:
-        del optimizer.state[p]
+def renew_uncuttable(optimizers: Sequence[Optimizer], matrices: Iterable[nn.Parameter]) -> None:
+    """Where an optimizer keeps state of the matrices that cannot be cut (8-bit ones), its state of them all starts anew, with
+    a warning."""
+    matrices = list(dict.fromkeys(matrices))
+    for optimizer in optimizers:
+        held = [p for p in matrices if p in optimizer.state]
+        uncuttable = ((k, v) for p in held for k, v in optimizer.state[p].items() if not _can_be_cut(v, p.shape))
+        key, value = next(uncuttable, (None, None))
+        if key is None:
+            continue
+        found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
+        warnings.warn(
+            f"{optimizer_name(optimizer)} keeps {key!r} as {type(value).__name__} ({found}), which cannot be cut rank by rank: "
+            "its state of the adapter's matrices starts anew at the cut; to carry it over take an optimizer with plain "
+            "moments, as torch.optim.AdamW",
+            stacklevel=3,
+        )
+        for p in held:
+            del optimizer.state[p]
 
 
 def optimizer_name(optimizer: Optimizer) -> str:

@@ -168,10 +168,9 @@ def find_sites(model: nn.Module, target_modules: TargetModules = "all-linear", *
     allow_quantised: also layers whose weight cannot be read, but which compute with it (`is_quantised_linear`)
 
     Raises ValueError for names that match no linear layer (with close names), a model without linear layers, weights that
-    are quantised, sharded or empty, weights tied to an embedding, and a model in DistributedDataParallel.
+    are quantised, sharded or empty, weights tied to an embedding, and a model in DistributedDataParallel or torch.compile.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError("the model is wrapped in DistributedDataParallel; give COBRA model.module, and wrap it after attach()")
+    _refuse_wrapped(model)
     allowed = is_quantised_linear if allow_quantised else lambda module: False
     _check_quantised(model, target_modules, allowed)
     for name, module in model.named_modules():
@@ -217,6 +216,24 @@ def peft_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if loaded and isinstance(module, loaded.BaseTunerLayer)]
 
 
+def batch_second(model: nn.Module) -> list[str]:
+    """Names of the modules that take (tokens, batch, features), as torch's attention and recurrent layers do by default."""
+    return [name for name, module in model.named_modules() if getattr(module, "batch_first", True) is False]
+
+
+def refuse_batch_second(model: nn.Module, sites: list[Site]) -> None:
+    """Raises ValueError where sites are in a transformer layer of torch that takes its batch in the second dimension."""
+    targets = {id(module) for site in sites for module in site.distinct_modules}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) or not batch_second(layer):
+            continue
+        if any(id(part) in targets for part in layer.modules()):
+            raise ValueError(
+                f"{name or type(layer).__name__} takes its batch in the second dimension, and examples are told apart in the "
+                "first: make it with batch_first=True, or leave its layers out with target_modules"
+            )
+
+
 def fingerprint(sites: list[Site]) -> str:
     """A hash of names, shapes and 64 sampled values of each weight, equal for fp32 and bf16 copies of one checkpoint.
 
@@ -234,6 +251,17 @@ def fingerprint(sites: list[Site]) -> str:
         digest.update(f"{site.name} {tuple(weight.shape)}".encode())
         digest.update(values.bfloat16().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Wrappers are part of the names of layers, under which nothing could be loaded into the model itself."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("the model is wrapped in DistributedDataParallel; give COBRA model.module, and wrap it after attach()")
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            raise ValueError(
+                f"{name or 'the model'} is wrapped by torch.compile; give COBRA the model itself, and compile it after attach()"
+            )
 
 
 def _matching(linears: list[tuple[str, nn.Module]], targets: TargetModules) -> list[tuple[str, nn.Module]]:

@@ -16,8 +16,10 @@ class StillParameters:
         self.parameters, self.marks = parameters, _marks(parameters)
 
     def warn_if_still(self, parameters: Sequence[Tensor], stacklevel: int) -> None:
-        """Warns where not one has moved since; not where others are in their places, as sharding makes them."""
-        if not parameters or any(now is not then for now, then in zip(parameters, self.parameters, strict=True)):
+        """Warns where not one has moved since; not where all are frozen, or others in their places, as sharding makes them."""
+        if not any(p.requires_grad for p in parameters):
+            return
+        if any(now is not then for now, then in zip(parameters, self.parameters, strict=True)):
             return
         pairs = zip(self.marks, _marks(parameters), strict=True)
         if all(then == now and torch.equal(old, new) for (then, old), (now, new) in pairs):

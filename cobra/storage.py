@@ -76,7 +76,7 @@ def read_json(path: Path | str, kind: str) -> dict:
     path = Path(path)
     try:
         value = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: expected a COBRA {kind} (JSON), found a truncated or foreign file: {error}") from error
     _check_kind(path, value, kind)
     return value
@@ -92,7 +92,9 @@ def read_tensors(path: Path | str, kind: str) -> tuple[dict[str, Tensor], dict]:
             meta = json.loads((f.metadata() or {}).get("cobra", "null"))
             _check_kind(path, meta, kind)
             return {key: f.get_tensor(key) for key in f.keys()}, meta  # noqa: SIM118 (safe_open is no mapping)
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except FormatError:
+        raise
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise FormatError(
             f"{path}: expected a COBRA {kind} (safetensors), found a truncated or foreign file: {error}"
         ) from error

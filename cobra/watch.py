@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +45,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def watching(sites: Sequence[Site], on_call: OnCall) -> Iterator[None]:
     """Calls on_call(site index, input, output) at every call of a site's module; what it returns replaces the output."""
+
+    def on_output(index: int, _: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        output = _without_view(output)
+        replaced = on_call(index, *args, *kwargs.values(), output)
+        return output if replaced is None else replaced
+
     handles = [
-        module.register_forward_hook(
-            lambda _, args, kwargs, output, index=index: on_call(index, *args, *kwargs.values(), output), with_kwargs=True
-        )
+        module.register_forward_hook(partial(on_output, index), with_kwargs=True)
         for index, site in enumerate(sites)
         for module in site.distinct_modules
     ]
@@ -56,6 +61,23 @@ def watching(sites: Sequence[Site], on_call: OnCall) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _without_view(output: Tensor) -> Tensor:
+    """The output, fit for hooks: a write into a view (nn.Linear's output above two dimensions) would pass them by."""
+    return _Alias.apply(output) if output.requires_grad and output._is_view() else output
+
+
+class _Alias(torch.autograd.Function):
+    """A tensor of its own in the same memory and with the same version counter; autograd does not take it for a view."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
 
 
 class Snapshot:

@@ -12,13 +12,14 @@ Sampled, concrete against concrete at one temperature, one draw t = (a + noise) 
 
 so that the temperature cancels and only the moved sample carries a gradient to a.
 
-The prior gets no gradient. Operands and results are fp32 or fp64; the arithmetic is fp64, rounded once.
+The prior gets no gradient; double backward and torch.func's transforms are refused. Operands and results are fp32 or fp64; the
+arithmetic is fp64, rounded once.
 """
 
 from torch import Tensor
 
 from cobra_kernels.gates_ops import GateFunction, bernoulli_kl, sampled_kl
-from cobra_kernels.gates_options import GateOptions
+from cobra_kernels.gates_options import GateOptions, check_no_transforms
 
 _KL_ALONE = (False, True, False)
 
@@ -39,7 +40,10 @@ def gate_kl(logits: Tensor, prior_logits: Tensor) -> Tensor:
     logits, prior_logits: (...) of one shape
 
     out: (...)
+
+    Raises ValueError where shapes differ, RuntimeError under torch.func's transforms and in backward under create_graph.
     """
+    check_no_transforms("gate_kl", "use gate_kl_ref")
     _check_shapes(logits, prior_logits)
     return GateFunction.apply(logits, prior_logits, None, None, None, GateOptions(wanted=_KL_ALONE), None)[0]
 
@@ -50,7 +54,10 @@ def gate_kl_sampled(logits: Tensor, prior_logits: Tensor, noise: Tensor) -> Tens
     logits, prior_logits, noise: (...) of one shape; noise is the logistic draw that made the gates
 
     out: (...)
+
+    Raises as `gate_kl` does.
     """
+    check_no_transforms("gate_kl_sampled", "use gate_kl_sampled_ref")
     _check_shapes(logits, prior_logits)
     if noise.shape != logits.shape:
         raise ValueError(f"noise {tuple(noise.shape)} and logits {tuple(logits.shape)} differ in shape")

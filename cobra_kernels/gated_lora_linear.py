@@ -8,7 +8,7 @@
 
 COBRA Eq. (3); LoRA (Hu et al. 2022) is z = 1. Saved for backward: x, h and the small operands. For z (r,), z and s are folded
 into the small operand (B forward, A backward) and dz is read off dB, so nothing of the size (tokens, r) is scaled.
-Gradients reach x, A, B, z, and W and b if they require them. Double backward is not supported.
+Gradients reach x, A, B, z, and W and b if they require them. Double backward is refused.
 
 The Triton path selects closed gates away where z is (r,): fixed ones cost nothing, those with a gradient (it is not 0) their h
 and dB. It has been compiled for sm_80 and sm_90 and interpreted, and has never run on a GPU: it is off unless asked for.
@@ -24,6 +24,7 @@ from cobra_kernels import gated_lora_configs as configs
 from cobra_kernels.backend import TRITON_DTYPES, check_backend, has_tiles, require_triton, uses_triton
 from cobra_kernels.concrete_sample import ConcreteSample
 from cobra_kernels.gated_lora_linear_cpu import add_products, reduce, shrink
+from cobra_kernels.gates_options import check_differentiated_once, check_no_transforms
 
 
 def gated_lora_linear_ref(
@@ -58,8 +59,8 @@ class _GatedLoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
+        check_differentiated_once("gated_lora_linear")
         x, weight, lora_A, lora_B, z, h = ctx.saved_tensors
         needs_x, needs_weight, needs_A, needs_B, needs_z, _, needs_bias = ctx.needs_input_grad
         dA = dB = dz = None
@@ -143,8 +144,8 @@ class _TritonGatedLoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
+        check_differentiated_once("gated_lora_linear")
         needs_x, needs_weight, needs_A, needs_B, needs_gate, _, needs_bias, *_ = ctx.needs_input_grad
         x, *rest = ctx.saved_tensors  # once: activation checkpointing refuses a second look
         needs = [needs_x, needs_A, needs_B, needs_gate]
@@ -177,9 +178,10 @@ def gated_lora_linear(
 
     out: (..., N) in the dtype of x, or in autocast's dtype. A, B and z may be fp32 beside a half-precision x.
 
-    Raises ValueError where shapes do not fit, RuntimeError under torch.func's transforms, vmap among them.
+    Raises ValueError where shapes do not fit, RuntimeError under torch.func's transforms, vmap among them, and in backward
+    under create_graph.
     """
-    check_no_transforms()
+    check_no_transforms("gated_lora_linear", "give it the batch as leading dimensions of x, or use gated_lora_linear_ref")
     sample = z if isinstance(z, ConcreteSample) else None
     gate = z if sample is None else sample.logits
     check_shapes(x, weight, lora_A, lora_B, gate, bias)
@@ -193,15 +195,6 @@ def gated_lora_linear(
     else:
         y = _apply(flat, weight, lora_A, lora_B, gate, sample, scaling, bias, backend)
     return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def check_no_transforms() -> None:
-    """Raises RuntimeError under torch.func's transforms."""
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "gated_lora_linear has no rule for torch.func's transforms (vmap, grad, jvp): give it the batch as leading"
-            " dimensions of x, or use gated_lora_linear_ref"
-        )
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -18,14 +18,9 @@ import torch
 from torch import Tensor
 
 from cobra_kernels.backend import check_backend, uses_triton
-from cobra_kernels.gated_lora_linear import (
-    autocast_dtype,
-    check_no_transforms,
-    check_shapes,
-    gated_lora_linear,
-    gated_lora_linear_ref,
-)
+from cobra_kernels.gated_lora_linear import autocast_dtype, check_shapes, gated_lora_linear, gated_lora_linear_ref
 from cobra_kernels.gated_lora_linear_cpu import add_products, reduce, shrink
+from cobra_kernels.gates_options import check_differentiated_once, check_no_transforms
 
 FIELDS = 5  # tensors of a layer
 
@@ -66,8 +61,8 @@ class _GatedLoraLinears(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
+        check_differentiated_once("gated_lora_linears")
         x, H, *tensors = ctx.saved_tensors
         needs_x, _, *needs = ctx.needs_input_grad
         layers, needs = ([flat[i : i + FIELDS] for i in range(0, len(flat), FIELDS)] for flat in (tensors, needs))
@@ -117,10 +112,10 @@ def gated_lora_linears(
 
     out: (..., N_i) each, in the dtype of x, or in autocast's dtype
 
-    Raises ValueError where shapes do not fit, or for gates of tokens.
+    Raises ValueError where shapes do not fit, or for gates of tokens, RuntimeError as `gated_lora_linear` does.
     """
     check_backend(backend)
-    check_no_transforms()
+    check_no_transforms("gated_lora_linears", "give it the batch as leading dimensions of x, or use gated_lora_linears_ref")
     if uses_triton(backend, x):
         return tuple(gated_lora_linear(x, **vars(layer), backend=backend) for layer in layers)
     for i, layer in enumerate(layers):

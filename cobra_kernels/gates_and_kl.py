@@ -14,8 +14,8 @@
     a logits, p prior logits   (sites, r), or (n,) with offsets (sites + 1,)
 
 Louizos et al. 2018 for hard-concrete; its KL is that of the variables before the cut, which is no smaller. Nothing but the
-operands is saved: backward draws the same words again. The prior and T get no gradient; double backward and vmap are not
-supported.
+operands is saved: backward draws the same words again. The prior and T get no gradient; double backward and torch.func's
+transforms are refused.
 
 All arithmetic is fp64, each result rounded once. C++ and CUDA (`csrc/gates.h`) and the Triton kernels do the same IEEE
 operations in the same order, without contraction: the same bits by construction. Their noise is the fp32 number nearest to
@@ -35,7 +35,7 @@ from torch import Tensor
 from cobra_kernels import cuda_extension
 from cobra_kernels.backend import require_triton
 from cobra_kernels.gates_ops import GateFunction, bernoulli_kl, concrete, drawn_noise, open_probability, sampled_kl
-from cobra_kernels.gates_options import GateOptions, check_temperature, signed, stretch_of
+from cobra_kernels.gates_options import GateOptions, check_cover, check_no_transforms, check_temperature, signed, stretch_of
 
 KL = Literal["bernoulli", "concrete"]
 
@@ -89,7 +89,8 @@ def gates_and_kl(
     seed, step: integers in [0, 2^64)
     temperature: greater than 0
     first_site: the site of the first row; gate k of a site has the same noise whatever is drawn with it
-    offsets: (sites + 1,) int64 from 0 to n on the device of the logits; site i has gates offsets[i] to offsets[i + 1] - 1
+    offsets: (sites + 1,) int64 from 0 to n on the device of the logits; site i has gates offsets[i] to offsets[i + 1] - 1;
+        on the CPU they are checked, and a compiled graph checks them where it runs
     kl: "bernoulli" is the closed form, "concrete" the one-sample estimate at this draw, which may be negative
     stretch: (low, high) of hard-concrete gates, as a rule (-0.1, 1.1)
     backend: "triton" (fp32) and "cuda" (the library of `cuda_extension`) need a CUDA device; nothing else is tried where they
@@ -97,16 +98,14 @@ def gates_and_kl(
 
     out: z, kl, open, each of the shape and dtype of the logits; sums of open over a site are its expected rank
 
-    Raises ValueError for shapes and numbers out of range, RuntimeError for a backend that cannot run.
+    Raises ValueError for shapes and numbers out of range, RuntimeError for a backend that cannot run, under torch.func's
+    transforms, and in backward under create_graph.
     """
+    check_no_transforms("gates_and_kl", "draw with gate_noise outside of them, and use concrete_gates_ref and gate_kl_ref")
     _check(logits, prior_logits, offsets, kl, backend)
     heat = check_temperature(temperature)
     options = GateOptions(signed(seed), signed(step), first_site, heat, *stretch_of(stretch), kl == "concrete", (True,) * 3)
     return Gates(*GateFunction.apply(logits, prior_logits, None, offsets, None, options, backend))
-
-
-def _cover(offsets: Tensor, count: int) -> bool:
-    return bool(offsets[0] == 0) and bool(offsets[-1] == count) and bool((offsets.diff() >= 0).all())
 
 
 def _check(logits, prior_logits, offsets, kl, backend) -> None:
@@ -119,8 +118,8 @@ def _check(logits, prior_logits, offsets, kl, backend) -> None:
         )
     if offsets is not None and offsets.device != logits.device:
         raise ValueError(f"offsets are on {offsets.device} and logits on {logits.device}; move them to one device")
-    if offsets is not None and offsets.device.type == "cpu" and not _cover(offsets, len(logits)):
-        raise ValueError(f"offsets must begin at 0, never fall and end at {len(logits)}, the number of logits")
+    if offsets is not None and offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_cover(offsets, len(logits))
     if prior_logits.shape != logits.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and prior_logits {tuple(prior_logits.shape)} differ in shape")
     if kl not in ("bernoulli", "concrete"):

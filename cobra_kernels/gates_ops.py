@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from cobra_kernels import extension, gates_cpu, gates_cuda
-from cobra_kernels.gates_options import GateOptions
+from cobra_kernels.gates_options import GateOptions, check_cover, check_differentiated_once
 from cobra_kernels.philox import gate_noise
 
 
@@ -107,6 +107,8 @@ def _backward(dz, dkl, dopen, logits, prior, noise, offsets, temperature, *optio
 
 
 def _forward_cpu(logits, prior, noise, offsets, temperature, *options):
+    if offsets is not None:
+        check_cover(offsets, len(logits))  # while a graph is traced offsets have no values to check
     library = extension.load()
     if library is None or logits.dtype not in gates_cpu.DTYPES:
         return _forward(logits, prior, noise, offsets, temperature, *options)
@@ -195,8 +197,8 @@ class GateFunction(torch.autograd.Function):
         return tuple(t for t, wanted in zip(outputs, options.wanted, strict=True) if wanted)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
+        check_differentiated_once(ctx.options.operation)
         found = iter(gradients)
         each = [next(found) if wanted else None for wanted in ctx.options.wanted]
         needed = tuple(t is not None for t in each)

@@ -1,9 +1,10 @@
-"""What the gates of one call have in common, as the registered operators take it."""
+"""What the gates of one call have in common, as the registered operators take it; what they and the products refuse."""
 
 import ctypes
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -39,6 +40,13 @@ class GateOptions:
     def noisy(self) -> bool:
         """Whether what is wanted depends on noise."""
         return self.wanted[0] or (self.wanted[1] and self.sampled)
+
+    @property
+    def operation(self) -> str:
+        """The public function that asks with these."""
+        if self.wanted == (False, True, False):
+            return "gate_kl_sampled" if self.sampled else "gate_kl"
+        return "sample_gates" if self.wanted == (True, False, False) else "gates_and_kl"
 
     def temperature(self, tensor: Tensor | None) -> float:
         """What the arithmetic takes."""
@@ -77,6 +85,26 @@ def stretch_of(stretch: tuple[float, float] | None) -> tuple[float, float]:
     if not (low < 0 and high > 1 and math.isfinite(high - low)):
         raise ValueError(f"stretch {stretch}: expected (low, high) with low < 0 and high > 1, as a rule (-0.1, 1.1)")
     return float(low), float(high)
+
+
+def check_cover(offsets: Tensor, count: int) -> None:
+    """Raises ValueError unless offsets lead from 0 to count, the number of logits."""
+    if not (bool(offsets[0] == 0) and bool(offsets[-1] == count) and bool((offsets.diff() >= 0).all())):
+        raise ValueError(f"offsets must begin at 0, never fall and end at {count}, the number of logits")
+
+
+def check_no_transforms(operation: str, way_out: str) -> None:
+    """Raises RuntimeError under torch.func's transforms."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"{operation} has no rule for torch.func's transforms (vmap, grad, jvp): {way_out}")
+
+
+def check_differentiated_once(operation: str) -> None:
+    """Raises RuntimeError in a backward that is to have a gradient itself: autograd records it under create_graph alone."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{operation} has no second derivative, which create_graph=True asks for: use {operation}_ref, plain torch"
+        )
 
 
 def check_temperature(temperature: float) -> float:

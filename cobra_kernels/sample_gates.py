@@ -16,7 +16,14 @@ from torch import Tensor
 
 from cobra_kernels import extension, gates_cpu, gates_ops
 from cobra_kernels.gates_ops import GateFunction, concrete
-from cobra_kernels.gates_options import GateOptions, check_temperature, signed, stretch_of
+from cobra_kernels.gates_options import (
+    GateOptions,
+    check_differentiated_once,
+    check_no_transforms,
+    check_temperature,
+    signed,
+    stretch_of,
+)
 from cobra_kernels.philox import gate_noise
 
 Stretch = tuple[float, float]
@@ -75,8 +82,8 @@ class _ConcreteGates(torch.autograd.Function):
         return _concrete_gates(logits, noise, temperature, low, high)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dz):
+        check_differentiated_once("concrete_gates")
         operands = (dz, *ctx.saved_tensors)
         if gates_cpu.takes(*operands):
             gradient = gates_cpu.concrete(extension.load(), *operands, *ctx.stretch)
@@ -94,7 +101,10 @@ def concrete_gates(logits: Tensor, noise: Tensor, temperature: Tensor, *, stretc
     stretch: (low, high) of hard-concrete gates, as a rule (-0.1, 1.1)
 
     out: (..., r) in the dtype of logits, each in [0, 1]
+
+    Raises ValueError where shapes differ, RuntimeError under torch.func's transforms and in backward under create_graph.
     """
+    check_no_transforms("concrete_gates", "use concrete_gates_ref")
     if noise.shape != logits.shape:
         raise ValueError(f"noise {tuple(noise.shape)} and logits {tuple(logits.shape)} differ in shape")
     return _ConcreteGates.apply(logits, noise, temperature, *stretch_of(stretch))
@@ -120,7 +130,10 @@ def sample_gates(
     stretch: (low, high) of hard-concrete gates, as a rule (-0.1, 1.1)
 
     out: (sites, r)
+
+    Raises ValueError for shapes and numbers out of range, RuntimeError as `concrete_gates` does.
     """
+    check_no_transforms("sample_gates", "draw with gate_noise outside of them, and use concrete_gates_ref")
     if logits.ndim != 2:
         raise ValueError(f"logits must be (sites, ranks), got shape {tuple(logits.shape)}")
     heat = check_temperature(temperature)

@@ -1,5 +1,7 @@
 """Attaching: which layers get an adapter, what trains beside them, and what is refused."""
 
+import warnings
+
 import pytest
 import torch
 from models import (
@@ -9,6 +11,7 @@ from models import (
     gpt2,
     image_batch,
     layers_of,
+    logits_of,
     minilm,
     mlp_batch,
     same,
@@ -161,6 +164,45 @@ def test_tied_weights_train_one_adapter():
     assert torch.equal(model(x), adapted)
     adapter.detach()
     assert all(torch.equal(value, base[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:the path integral misses")
+@pytest.mark.parametrize("granularity", ["site", "block"])
+def test_scores_of_tied_weights(granularity):
+    """They are under the first layer of a weight, and the budget of all of its layers goes by them."""
+    model = Tied()
+    scores = cobra.calibrate(model, [(torch.randn(4, 6), torch.tensor([0, 1, 2, 3]))], steps=3, granularity=granularity)
+    assert scores.sites == ("one", "three")
+    config = cobra.CobraConfig(rank_budget=4, r_max=2, gate="mean", granularity=granularity)
+    adapter = cobra.attach(model, config, scores)
+    assert [[name for name, _ in g.sites[0].modules] for g in adapter.groups] == [["one", "two"], ["three", "four"]]
+    assert model.one.lora_A is model.two.lora_A
+
+
+def test_tied_heads_are_warned_of(tmp_path):
+    """peft loads them into a copy and leaves the other module as it was; with both named it computes what was trained."""
+    from peft import PeftModel
+
+    for alone, other in (("transformer.wte", "lm_head"), ("lm_head", "transformer.wte")):
+        said = f"modules_to_save: {alone} shares a weight with {other}, .* name both of them, or leave {alone} out"
+        with pytest.warns(UserWarning, match=said):
+            attached(gpt2, modules_to_save=(alone,))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model, adapter = attached(gpt2, modules_to_save=("wte", "lm_head"))
+        attached(vit, modules_to_save="auto")
+    assert not [w for w in caught if "shares a weight" in str(w.message)]
+    stir(adapter)
+    optimizer = torch.optim.SGD(adapter.parameter_groups(lr=0.1))  # which refuses a parameter under two names
+    batch = token_batch()
+    model(**batch).loss.backward()
+    optimizer.step()
+    adapter.apply(adapter.extract())
+    expected = logits_of(model, batch)
+    adapter.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(gpt2(), tmp_path / "adapter")
+    torch.testing.assert_close(logits_of(loaded, batch), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - logits_of(gpt2(), batch)).abs().max() > 0.1
 
 
 # refusals

@@ -165,6 +165,24 @@ def test_equal_values_give_even_ranks(costs):
     assert max(found.ranks) - min(found.ranks) <= 2
 
 
+LLAMA_3_8B = {"self_attn.q": 8192, "self_attn.k": 5120, "self_attn.v": 5120, "self_attn.o": 8192} | {
+    f"mlp.{name}": 18432 for name in ("gate", "up", "down")
+}
+
+
+@pytest.mark.parametrize("value", [1.0, 0.9, 0.1])
+@pytest.mark.parametrize("objective", ["mass", "count"])
+@pytest.mark.parametrize("tied", [("qkv",), ("qkv", "gate_up"), (r"\d+\.(?=self_attn)",)], ids=str)
+def test_equal_values_give_even_ranks_to_ties_too(tied, objective, value):
+    """However many groups a step buys, of whatever costs: by mass it is worth the one value, by count where costs are equal."""
+    layers = [f"layers.{i}" for i in range(8)]
+    names = [f"{layer}.{name}_proj" for layer in layers for name in LLAMA_3_8B]
+    costs = [*LLAMA_3_8B.values()] * 8 if objective == "mass" else [18432] * len(names)
+    budget = Budget(8 * sum(costs), "parameters", tied=tied, objective=objective)
+    found = allocate(names, [[value] * 16] * len(names), costs, budget)
+    assert set(found.ranks) == {8} and found.optimal
+
+
 def random_model(groups: int, gates: int, costs, levels: int | None = None):
     generator = np.random.default_rng(0)
     values = generator.random((groups, gates)) if levels is None else generator.integers(0, levels, (groups, gates)) / levels

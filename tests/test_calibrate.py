@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 import cobra
 from cobra import LayerScores
+from cobra.path import ESTIMATORS
 from cobra.sites import find_sites, fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:the path integral misses")
@@ -153,6 +154,56 @@ def test_unused_layers_are_reported_not_scored(estimator):
         scores = calibrate(Partial(), [mlp_batch()], estimator=estimator)
     assert scores.sites == ("up", "mid")
     assert scores.unused == {"never": "never called", "nowhere": "its output reaches no result"}
+
+
+class Written(nn.Module):
+    """On sequences: a layer under a ReLU, and one used twice, where `finish` may write into the second use's output."""
+
+    def __init__(self, finish, inplace: bool = False):
+        super().__init__()
+        torch.manual_seed(1)
+        self.up, self.mix, self.classifier = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.activation, self.finish = nn.ReLU(inplace), finish
+
+    def forward(self, x):
+        h = self.activation(self.up(x))
+        return self.classifier((torch.tanh(self.mix(h)) + self.finish(self.mix(h * 0.5), x)).mean(1))
+
+
+def without_first_(h: torch.Tensor) -> torch.Tensor:
+    h[..., 0] = 0
+    return h
+
+
+WRITES = {
+    "relu": (lambda h, x: F.relu(h), lambda h, x: F.relu_(h)),
+    "add": (lambda h, x: h + x, lambda h, x: h.add_(x)),
+    "mul": (lambda h, x: h * 0.5, lambda h, x: h.mul_(0.5)),
+    "part": (lambda h, x: F.pad(h[..., 1:], (1, 0)), lambda h, x: without_first_(h)),
+}
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("write", WRITES)
+def test_outputs_written_in_place_count(write, estimator):
+    """nn.Linear's output of a sequence is a view, whose history a write moves: the scores are those without writes."""
+    plain, inplace = WRITES[write]
+    batch = mlp_batch(tokens=4)
+    found = calibrate(Written(inplace, inplace=True), [batch], estimator=estimator)
+    assert_equal(found, calibrate(Written(plain), [batch], estimator=estimator))
+    assert found.unused == {} and found.gradient.min() > 0
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_undeclared_writes_into_outputs(write):
+    """Without a module that declares them: what reads outputs refuses, what reads their copies ("direct") is right."""
+    plain, inplace = WRITES[write]
+    batch = mlp_batch(tokens=4)
+    for estimator in ("paper", "conductance"):
+        with pytest.raises(RuntimeError, match="writes in place over the output of mix"):
+            calibrate(Written(inplace), [batch], estimator=estimator)
+    expected = calibrate(Written(plain), [batch], estimator="direct")
+    assert_equal(calibrate(Written(inplace), [batch], estimator="direct"), expected)
 
 
 class Towers(nn.Module):
@@ -470,6 +521,97 @@ def test_sequence_first_layers_are_refused():
 
     with pytest.raises(ValueError, match=r"up sees a tensor of shape \(7, 5, 6\) in a batch of 5: its first dimension must be"):
         calibrate(SequenceFirst(), [mlp_batch(tokens=7)])
+    for examples in (5, 1):  # which divide the tokens, as all points of the path do
+        shapes = rf"\(15, {examples}, 10\) in a batch of {examples} and \(15, {2 * examples}, 10\) in one of {2 * examples}"
+        with pytest.raises(ValueError, match=rf"up has an output of shape {shapes}: its first dimension must be the batch"):
+            calibrate(SequenceFirst(), [mlp_batch(examples, tokens=15)])
+
+
+class Around(nn.Module):
+    """A layer of torch, and others around it; its inputs are (batch, tokens, features)."""
+
+    def __init__(self, layer: nn.Module, batch_first: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.layer, self.classifier = nn.Linear(6, 16), layer, nn.Linear(16, 3)
+        self.batch_second = not batch_first
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, x):
+        h = torch.tanh(self.up(x))
+        h = self.layer(h.transpose(0, 1) if self.batch_second else h)
+        h = h[0] if isinstance(h, tuple) else h
+        return self.classifier(self.out(h.transpose(0, 1) if self.batch_second else h).mean(1))
+
+
+def around(build, batch_first: bool) -> Around:
+    torch.manual_seed(1)
+    return Around(build(batch_first=batch_first), batch_first)
+
+
+@pytest.mark.parametrize("examples", [4, 1])
+def test_transformer_layers_with_the_batch_second_are_refused(examples):
+    """torch's default; in a sequence that the rows divide the numbers would be wrong and no shape would say so."""
+    build = partial(nn.TransformerEncoderLayer, 16, 2, 32, dropout=0.0)
+    batch = mlp_batch(examples, tokens=12)
+    with pytest.raises(ValueError, match=r"^layer takes its batch in the second dimension, .* make it with batch_first=True"):
+        calibrate(around(build, False), [batch])
+    expected = calibrate(around(build, True), [batch])
+    found = calibrate(around(build, False), [batch], target_modules=("up", "out"))  # the way out that the message names
+    kept = [expected.sites.index(name) for name in found.sites]
+    assert found.sites == ("up", "out")
+    torch.testing.assert_close(found.conductance, expected.conductance[kept])
+    torch.testing.assert_close(found.gradient, expected.gradient[kept])
+
+
+def test_layers_around_one_with_the_batch_second():
+    """An LSTM as torch makes it has no linear layers: what sees the batch first is scored as ever."""
+    build, batch = partial(nn.LSTM, 16, 16), mlp_batch(4, tokens=12)
+    assert_equal(calibrate(around(build, False), [batch]), calibrate(around(build, True), [batch]))
+
+
+def test_a_layer_between_the_transposes_of_an_attention():
+    """The message names the module that the layer's order comes from."""
+
+    class Block(nn.Module):
+        def __init__(self, batch_first):
+            super().__init__()
+            self.attention, self.mlp = nn.MultiheadAttention(16, 2, batch_first=batch_first), nn.Linear(16, 16)
+
+        def forward(self, h):
+            return self.mlp(self.attention(h, h, h)[0])
+
+    batch = mlp_batch(4, tokens=12)
+    with pytest.raises(ValueError, match=r"^layer.mlp has .*; make layer.attention with batch_first=True, or leave it out"):
+        calibrate(around(Block, False), [batch])
+    assert "layer.mlp" in calibrate(around(Block, True), [batch]).sites
+
+
+def test_layers_called_once_an_example_are_refused():
+    """They see (tokens, features), which are no examples."""
+
+    class OneByOne(Mlp):
+        def forward(self, x):
+            return torch.stack([super(OneByOne, self).forward(example).mean(0) for example in x])
+
+    with pytest.raises(ValueError, match=r"up has an output of shape \(15, 10\) in a batch of 5 and \(15, 10\) in one of 10"):
+        calibrate(OneByOne(), [mlp_batch(tokens=15)])
+
+
+@pytest.mark.parametrize("layout", ["flat", "windows"])
+def test_more_rows_than_examples(layout):
+    """All tokens in one dimension, or windows of them: a multiple of the batch, example by example."""
+
+    class Folded(Mlp):
+        def forward(self, x):
+            rows = x.reshape(-1, 6) if layout == "flat" else x.reshape(-1, 3, 6)
+            return super().forward(rows).reshape(len(x), -1, 3).mean(1)
+
+    batch, folded, plain = mlp_batch(tokens=15), Folded(), Mlp()
+    plain.load_state_dict(folded.state_dict())
+    for name in ("conductance", "gradient"):
+        found, expected = (getattr(calibrate(model, [batch]), name) for model in (folded, plain))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_padded_batches_of_torchs_own_transformer():

@@ -248,7 +248,8 @@ class Activated(nn.Module):
 
     def forward(self, x):
         x = x + self.activation(self.up(x))
-        return self.classifier(x + self.activation(self.down(x)))
+        x = x + self.activation(self.down(x))
+        return self.classifier(x.mean(1) if x.ndim == 3 else x)
 
 
 def activated(activation) -> nn.Module:
@@ -256,11 +257,12 @@ def activated(activation) -> nn.Module:
     return Activated(activation).double()
 
 
+@pytest.mark.parametrize("tokens", [None, 4], ids=["vectors", "sequences"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.SiLU(inplace=True)], ids=["relu", "silu"])
-def test_inplace_modules(activation, estimator):
+def test_inplace_modules(activation, estimator, tokens):
     """h is what the linear gave, also where a module overwrites it before the gradient arrives."""
-    x, y = mlp_batch()
+    x, y = mlp_batch(tokens=tokens)
     plain = activated(type(activation)())
     model = activated(activation)
     found, expected = (sweep(m, find_sites(m), (x.double(), y), estimator).sites for m in (model, plain))
@@ -268,11 +270,12 @@ def test_inplace_modules(activation, estimator):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("tokens", [None, 4], ids=["vectors", "sequences"])
 @pytest.mark.parametrize("estimator", ["paper", "conductance"])
-def test_inplace_function_is_refused(estimator):
+def test_inplace_function_is_refused(estimator, tokens):
     """Nothing announces a functional write, so it is seen too late: the error names the layer and the way out."""
     model = activated(F.relu_)
-    x, y = mlp_batch()
+    x, y = mlp_batch(tokens=tokens)
     with pytest.raises(RuntimeError, match=r"writes in place over the output of (up|down); write that operation out of place"):
         sweep(model, find_sites(model), (x.double(), y), estimator)
 

@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from cobra_kernels import gate_kl, gate_kl_ref, gate_kl_sampled, gate_noise
+from cobra_kernels.gate_kl import gate_kl_sampled_ref
 
 LOGITS = [-50.0, -21.0, -3.0, -1e-3, 0.0, 0.7, 5.0, 19.0, 50.0]
 
@@ -63,6 +64,22 @@ def test_gradcheck():
     p, noise = torch.randn(2, 3, 5, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda a: gate_kl(a, p), a)
     assert torch.autograd.gradcheck(lambda a: gate_kl_sampled(a, p, noise), a)
+
+
+@pytest.mark.parametrize(
+    ("function", "reference"), [(gate_kl, gate_kl_ref), (gate_kl_sampled, gate_kl_sampled_ref)], ids=["closed", "sampled"]
+)
+def test_double_backward_and_transforms_are_refused(function, reference):
+    """Of a sum, too, whose gradient has no graph; the reference takes both."""
+    a = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    rest = torch.randn(1 if function is gate_kl else 2, 3, 5, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=f"{function.__name__} has no second derivative, .* use {reference.__name__}"):
+        torch.autograd.grad(function(a, *rest).sum(), a, create_graph=True)
+    for transform in (torch.vmap, torch.func.grad):
+        with pytest.raises(RuntimeError, match=f"{function.__name__} has no rule for torch.func's .* use {reference.__name__}"):
+            transform(lambda a: function(a, *rest).sum())(a)
+    assert torch.autograd.gradgradcheck(lambda a: reference(a, *rest), a)
+    assert torch.equal(torch.vmap(reference)(a, *rest), reference(a, *rest))
 
 
 @pytest.mark.parametrize("sampled", [True, False])

@@ -91,6 +91,17 @@ def test_compiles_checkpoints_and_casts():
         assert fast(**inputs).dtype == torch.bfloat16
 
 
+def test_double_backward_and_transforms_are_refused():
+    inputs = make()
+    x = inputs.pop("x").requires_grad_()
+    with pytest.raises(RuntimeError, match=r"no second derivative, .* use gated_lora_linears_ref"):
+        torch.autograd.grad(fast(x, **inputs).sum(), x, create_graph=True)
+    with pytest.raises(
+        RuntimeError, match=r"gated_lora_linears has no rule .* leading dimensions of x, or use gated_lora_linears_ref"
+    ):
+        torch.vmap(lambda x: fast(x, **inputs))(x)
+
+
 def test_gates_of_tokens_are_refused():
     inputs = make() | {"z_0": torch.ones(2, 5, 6)}
     with pytest.raises(ValueError, match=r"layer 0 has gates of shape \(2, 5, 6\), expected \(6,\)"):

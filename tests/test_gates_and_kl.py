@@ -289,6 +289,30 @@ def test_compiles_in_one_graph_and_steps_do_not_compile_again():
     assert counter.frame_count <= 3
 
 
+def test_compiles_with_offsets(path):
+    """Which have no values while it is traced: they are checked where the graph runs."""
+    logits, prior, offsets = normal(12), normal(12, seed=1), torch.tensor([0, 4, 4, 12])
+    compiled = torch.compile(gates_and_kl, fullgraph=True, backend="aot_eager")
+    expected = results(gates_and_kl, logits, prior, offsets=offsets, **DRAW)
+    found = results(compiled, logits, prior, offsets=offsets, **DRAW)
+    assert all(torch.equal(t, expected[name]) for name, t in found.items())
+    with pytest.raises(ValueError, match="begin at 0, never fall and end at 12"):
+        compiled(logits, prior, offsets=torch.tensor([0, 4, 4, 10**8]), **DRAW)
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[4]], ids=str)
+def test_double_backward_and_transforms_are_refused(kind):
+    """Of a sum, too, whose gradient has no graph."""
+    leaf, prior = normal(3, 5, spread=1.0).double().requires_grad_(), normal(3, 5, seed=1).double()
+    for index in range(3):
+        with pytest.raises(RuntimeError, match=r"gates_and_kl has no second derivative, .* use gates_and_kl_ref"):
+            torch.autograd.grad(gates_and_kl(leaf, prior, **DRAW, **kind)[index].sum(), leaf, create_graph=True)
+    for transform in (torch.vmap, torch.func.grad):
+        with pytest.raises(RuntimeError, match=r"gates_and_kl has no rule for torch.func's .* draw with gate_noise outside"):
+            transform(lambda a: gates_and_kl(a, prior, **DRAW, **kind).kl.sum())(leaf)
+    assert torch.autograd.gradgradcheck(lambda a: gates_and_kl_ref(a, prior, **DRAW, **kind), leaf)
+
+
 def test_autocast_leaves_the_gates_alone():
     logits, prior = normal(6, 8), normal(6, 8, seed=1)
     expected = results(gates_and_kl, logits, prior, **DRAW)

@@ -178,13 +178,15 @@ def test_inplace_write_over_an_input_is_refused():
         norms_of(model, find_sites(model), batch)
 
 
-def test_inplace_modules():
+@pytest.mark.parametrize("tokens", [None, 4], ids=["vectors", "sequences"])
+def test_inplace_modules(tokens):
     """The same with a module that declares it: the input is copied, and the norms are those of the plain model."""
     torch.manual_seed(1)
-    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    pool = nn.Identity() if tokens is None else nn.AvgPool2d((tokens, 1))
+    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), pool, nn.Flatten(), nn.Linear(8, 3)).double()
     inplace = copy.deepcopy(plain)
     inplace[1].inplace = inplace[3].inplace = True
-    batch = as_batch(mlp_batch())
+    batch = as_batch(mlp_batch(tokens=tokens))
     sites = find_sites(plain)
     found = norms_of(inplace, find_sites(inplace), batch).squared
     torch.testing.assert_close(found, looped_norms(plain, sites, batch), rtol=1e-10, atol=0)

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from models import (
+    Mlp,
     attached,
     gpt2,
     image_batch,
@@ -147,6 +148,59 @@ def test_probe(build, batch):
     assert "outputs moved by at most" in repr(report)
 
 
+class Answers(nn.Module):
+    """Gives a loss, then what the wrapped model answers, in a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Mlp()
+
+    def forward(self, x):
+        y = self.inner(x)
+        return y.mean(), (y, "text")
+
+
+def test_probe_of_a_model_that_returns_a_tuple():
+    model, adapter = attached(Answers)
+    stir(adapter)
+    x = torch.randn(4, 6)
+    before = model.eval()(x)[1][0]
+    report = adapter.merge(probe=(x, torch.zeros(4)))
+    assert report.logit_difference == (model(x)[1][0] - before).abs().max().item() < 1e-5
+
+
+def test_a_probe_without_outputs_is_refused():
+    """Before anything is merged."""
+    model, adapter = attached(Mlp)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.register_forward_hook(lambda module, args, output: {"text": "no"})
+    with pytest.raises(ValueError, match="probe: the model returns dict without a tensor of outputs; merge without probe"):
+        adapter.merge(probe=(torch.randn(4, 6), torch.zeros(4)))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("way", ["unmerge", "detach"])
+def test_merges_are_taken_back_in_order(way):
+    """An adapter that was merged on top is not lost with the one below it; in order the base's bits come back."""
+    model, first = attached(Mlp)
+    base = {name: p.clone() for name, p in model.state_dict().items() if "lora" not in name}
+    stir(first)
+    first.merge()
+    second = cobra.attach(model, first.config)
+    stir(second)
+    second.merge()
+    x = torch.randn(4, 6)
+    expected = model.eval()(x)
+    with pytest.raises(
+        ValueError, match=r"not those that this merge wrote.*unmerge\(\) the adapter first that was merged after"
+    ):
+        getattr(first, way)()
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    second.detach()
+    first.detach()
+    assert all(torch.equal(p, base[name]) for name, p in model.state_dict().items())
+
+
 def small_updates(dtype=torch.bfloat16):
     """An adapter whose updates grow from layer to layer, on a half-precision base."""
     model, adapter = attached(lambda: vit().to(dtype))
@@ -228,6 +282,59 @@ def test_weights_that_are_slices_stay_slices():
     assert torch.equal(model.buffer, torch.cat([model.one.weight, model.two.weight])) and not torch.equal(model.buffer, before)
     adapter.unmerge()
     assert torch.equal(model.buffer, before)
+
+
+class Views(nn.Module):
+    """Two layers whose weights are views of one buffer, (8, 12)."""
+
+    def __init__(self, one, two):
+        super().__init__()
+        torch.manual_seed(0)
+        self.buffer = torch.randn(8, 12)
+        self.one, self.two = (nn.Linear(*view(self.buffer).shape[::-1], bias=False) for view in (one, two))
+        self.one.weight, self.two.weight = nn.Parameter(one(self.buffer)), nn.Parameter(two(self.buffer))
+
+
+SHARED = {
+    "all": (lambda b: b, lambda b: b),
+    "transposed": (lambda b: b, lambda b: b.t()),
+    "some rows": (lambda b: b[:5], lambda b: b[4:]),
+    "some columns": (lambda b: b[:, :7], lambda b: b[2:, 6:]),
+}
+APART = {
+    "rows": (lambda b: b[:4], lambda b: b[4:]),
+    "columns": (lambda b: b[:, :6], lambda b: b[:, 6:]),
+    "columns, transposed": (lambda b: b[:, :6].t(), lambda b: b[:, 6:].t()),
+    "every second column": (lambda b: b[:, ::2], lambda b: b[:, 1::2]),
+}
+
+
+@pytest.mark.parametrize("workspace", [2**28, 100], ids=["one launch", "chunks"])
+@pytest.mark.parametrize("views", SHARED.values(), ids=SHARED)
+def test_weights_in_the_same_memory_are_not_merged_in_place(views, workspace):
+    """Each would get the updates of both, in whatever chunks they are merged. The model stays as it was."""
+    model, adapter = attached(lambda: Views(*views), rank_budget=4, r_max=2)
+    stir(adapter)
+    before, buffer = state_of(model), model.buffer.clone()
+    said = r"^one and two hold their weights in the same memory.* module\.weight\.data = module\.weight\.data\.clone\(\)$"
+    with pytest.raises(ValueError, match=said):
+        adapter.merge(reversible=False, workspace=workspace)
+    assert state_of(model) == before and torch.equal(model.buffer, buffer)
+    model.two.weight.data = model.two.weight.data.clone()
+    report = adapter.merge(reversible=False, workspace=workspace)
+    assert [site.name for site in report.sites] == ["one", "two"] and not torch.equal(model.buffer, buffer)
+
+
+@pytest.mark.parametrize("views", APART.values(), ids=APART)
+def test_weights_side_by_side_in_a_buffer_are_merged_in_place(views):
+    """Their memory may interleave as long as no element is of both."""
+    merged = []
+    for reversible in (True, False):
+        model, adapter = attached(lambda: Views(*views), rank_budget=4, r_max=2)
+        stir(adapter)
+        adapter.merge(reversible=reversible, workspace=100)
+        merged.append(model.buffer)
+    assert torch.equal(*merged)
 
 
 def test_the_model_may_move_between_merge_and_unmerge():

@@ -1,6 +1,8 @@
 """The plan as a value, as a file, in the words of other trainers, and made from scores alone."""
 
 import json
+import re
+import reprlib
 import warnings
 
 import pytest
@@ -21,6 +23,7 @@ PLAN = RankPlan(
 )
 
 FIRST = PLAN.to_dict()["sites"][0]
+SECOND = PLAN.to_dict()["sites"][1]
 
 
 def test_numbers_of_a_plan():
@@ -64,12 +67,40 @@ BAD_FILES = {
     "a list": ("[]", "a file of another program"),
     "another kind": (written(kind="layer scores"), "expected a COBRA rank plan, found layer scores"),
     "another version": (written(version=2), "version 2"),
-    "no sites": (written(sites=None), "not a complete rank plan"),
+    "no sites": (written(sites=None), "sites=None: expected a list of objects"),
+    "sites that are names": (written(sites=["q"]), r"sites=\['q'\]: expected a list of objects"),
     "a bare site": (written(sites=[{"name": "q"}]), "not a complete rank plan: KeyError\\('members'\\)"),
     "no such gate": (written(sites=[FIRST | {"kept": [0, 3]}]), r"block.0 keeps ranks \(0, 3\) of 3 gates"),
     "a gate twice": (written(sites=[FIRST | {"kept": [1, 1]}]), r"block.0 keeps ranks \(1, 1\) of 3 gates"),
     "unknown fold": (written(fold="max"), "fold='max' is not one of 'one', 'mean'"),
+    "nested too deep": ("[" * 100_000, "truncated or foreign file: maximum recursion depth"),
+    "a number too long": ("9" * 5_000, "truncated or foreign file: Exceeds the limit"),
 }
+WRONG_FIELDS = [
+    ({"name": None}, "sites[1].name=None: expected a string"),
+    ({"members": "q"}, "sites[1].members='q': expected a list of strings"),
+    ({"members": [["q"]]}, "sites[1].members=[['q']]: expected a list of strings"),
+    ({"members": {"q": 1}}, "sites[1].members={'q': 1}: expected a list of strings"),
+    ({"cost": "a"}, "sites[1].cost='a': expected an integer >= 1"),
+    ({"cost": 1.5}, "sites[1].cost=1.5: expected an integer >= 1"),
+    ({"cost": True}, "sites[1].cost=True: expected an integer >= 1"),
+    ({"kept": None}, "sites[1].kept=None: expected a list of integers >= 0"),
+    ({"kept": [0.0]}, "sites[1].kept=[0.0]: expected a list of integers >= 0"),
+    ({"kept": [False]}, "sites[1].kept=[False]: expected a list of integers >= 0"),
+    ({"posterior": ["0.5"]}, "sites[1].posterior=['0.5']: expected a list of numbers from 0 to 1"),
+    ({"posterior": [float("nan"), 0.5]}, "sites[1].posterior=[nan, 0.5]: expected a list of numbers from 0 to 1"),
+    ({"posterior": [0.5, 2]}, "sites[1].posterior=[0.5, 2]: expected a list of numbers from 0 to 1"),
+    ({"energy": [True, 0]}, "sites[1].energy=[True, 0]: expected a list of finite numbers >= 0"),
+    ({"energy": [10**400, 0]}, f"sites[1].energy={reprlib.repr([10**400, 0])}: expected a list of finite numbers >= 0"),
+    ({"fingerprint": None}, "fingerprint=None: expected a string"),
+    ({"provenance": [["source", "gates"]]}, "provenance=[['source', 'gates']]: expected an object"),
+    ({"provenance": {"source": []}}, "provenance.source=[]: expected a string"),
+    ({"provenance": {"allocation": 3}}, "provenance.allocation=3: expected a string"),
+    ({"provenance": {"spent": "3"}}, "provenance.spent='3': expected an integer >= 0"),
+    ({"provenance": {"optimal": 1}}, "provenance.optimal=1: expected true or false"),
+    ({"provenance": {"budget": 3}}, "provenance.budget=3: expected an object"),
+    ({"provenance": {"budget": {"amount": None}}}, "provenance.budget.amount=None: expected an integer >= 0"),
+]
 
 
 @pytest.mark.parametrize(("content", "message"), BAD_FILES.values(), ids=BAD_FILES)
@@ -78,6 +109,16 @@ def test_bad_files_are_refused(tmp_path, content, message):
     path = tmp_path / "plan.json"
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(cobra.FormatError, match=rf"plan\.json.*{message}"):
+        RankPlan.load(path)
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG_FIELDS, ids=[message for _, message in WRONG_FIELDS])
+def test_fields_of_another_type_are_refused(tmp_path, changes, message):
+    """By the reader, which names the file and the field, and not by whatever uses the value first."""
+    path = tmp_path / "plan.json"
+    of_a_site = changes.keys() <= SECOND.keys()
+    path.write_text(written(sites=[FIRST, SECOND | changes]) if of_a_site else written(**changes))
+    with pytest.raises(cobra.FormatError, match=re.escape(f"plan.json: {message}") + "$"):
         RankPlan.load(path)
 
 

@@ -86,6 +86,33 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda a: sample_gates(a, **DRAW), logits)
 
 
+NOISE = gate_noise(3, 5, seed=2, step=0)
+CALLS = [
+    pytest.param(lambda function, a: function(a, NOISE, torch.tensor(0.5)), concrete_gates, concrete_gates_ref, id="noise"),
+    pytest.param(lambda function, a: function(a, **DRAW), sample_gates, sample_gates_ref, id="drawn"),
+]
+
+
+@pytest.mark.parametrize(("call", "function", "reference"), CALLS)
+def test_double_backward_is_refused(call, function, reference):
+    """Of a sum, too, whose gradient has no graph: a gradient penalty would be silently wrong."""
+    logits = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match=f"{function.__name__} has no second derivative, .* use {reference.__name__}"):
+        torch.autograd.grad(call(function, logits).sum(), logits, create_graph=True)
+    assert torch.autograd.gradgradcheck(lambda a: call(reference, a), logits)
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad], ids=["vmap", "grad"])
+@pytest.mark.parametrize(("call", "function", "_"), CALLS)
+def test_functional_transforms_are_refused(call, function, _, transform):
+    """By name, and the way out is one."""
+    batch = torch.randn(2, 3, 5) if transform is torch.vmap else torch.randn(3, 5)
+    with pytest.raises(RuntimeError, match=f"{function.__name__} has no rule for torch.func's .* use concrete_gates_ref"):
+        transform(lambda a: call(function, a).sum())(batch)
+    found = transform(lambda a: concrete_gates_ref(a, NOISE, 0.5).sum())(batch)
+    assert found.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_dtype_of_the_logits_is_kept(dtype):
     """fp64 logits see the same fp32 noise: both runs train with the same gates."""

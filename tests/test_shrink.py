@@ -316,6 +316,102 @@ def test_no_warning_where_the_optimizer_knows(passed, fused):
     assert not any(torch.equal(layer.lora_B, before[name]) for name, layer in layers_of(adapter).items())
 
 
+def muon(groups):
+    return torch.optim.Muon(groups, lr=1e-3, momentum=0.9)
+
+
+def split_search(first_class=torch.optim.AdamW, halves: bool = True, **changes):
+    """As `searched`, with two optimizers: half of the matrices in the first one, or all; the rest in the second."""
+    model = vit()
+    settings = {"rank_budget": 12, "r_max": 4, "total_steps": 4, "gate_lr_scale": 50.0, "basis": "gates"} | changes
+    adapter = cobra.attach(model, cobra.CobraConfig(**settings))
+    stir(adapter)
+    matrices, *others = adapter.parameter_groups(lr=1e-3)
+    own = matrices["params"][: len(matrices["params"]) // 2 if halves else None]
+    rest = [p for p in matrices["params"] if not any(p is q for q in own)]
+    optimizers = first_class(own), torch.optim.AdamW([{"params": rest, "lr": 1e-3}, *others])
+    split_train(model, adapter, optimizers, 3)
+    return model.eval(), adapter, optimizers
+
+
+def split_train(model, adapter, optimizers, steps: int) -> None:
+    for _ in range(steps):
+        (model(**BATCH).loss + adapter.kl_loss()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        adapter.step()
+
+
+@pytest.mark.parametrize(("first_class", "halves"), [(torch.optim.AdamW, True), (muon, False)], ids=["two AdamW", "Muon"])
+def test_two_optimizers_are_cut(first_class, halves):
+    """All matrices go on, and each optimizer keeps its own with their moments: gates that Muon cannot take leave the other."""
+    model, adapter, optimizers = split_search(first_class, halves)
+    counts = [len([p for group in o.param_groups for p in group["params"]]) for o in optimizers]
+    adapter.apply(adapter.extract(), list(optimizers))
+    trained = {p for p in model.parameters() if p.requires_grad}
+    held = [{p for group in o.param_groups for p in group["params"]} for o in optimizers]
+    assert held[0] | held[1] == trained and not held[0] & held[1]
+    assert all(set(o.state) == own and len(own) < count for o, own, count in zip(optimizers, held, counts, strict=True))
+    before = {p: p.detach().clone() for p in trained}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        split_train(model, adapter, optimizers, 2)
+    assert not any(torch.equal(p, before[p]) for p in trained)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_of_two_optimizers_is_refused(which):
+    """The matrices of the other one would never train again; nothing is cut, and the cut of both still can be."""
+    model, adapter, optimizers = split_search()
+    before, states = dict(adapter.state_dict()), [{p: dict(v) for p, v in o.state.items()} for o in optimizers]
+    plan = adapter.extract(48)
+    layer = ("vit.layers.1.attention.q_proj", "vit.layers.0.attention.q_proj")[which]
+    with pytest.raises(ValueError, match=rf"12 matrices that train are not in it .*{layer}\.lora_A; .*\[first, second\]"):
+        adapter.apply(plan, optimizer=optimizers[which])
+    assert adapter.plan is None and all(adapter.state_dict()[name] is tensor for name, tensor in before.items())
+    assert all(o.state.keys() == state.keys() for o, state in zip(optimizers, states, strict=True))
+    adapter.apply(plan, optimizers)
+    split_train(model, adapter, optimizers, 1)
+
+
+def test_uncuttable_state_of_one_of_two_optimizers():
+    """The other one keeps its moments."""
+    _, adapter, (first, second) = split_search()
+    state = next(iter(first.state.values()))
+    state["exp_avg"] = state["exp_avg"].to(torch.uint8)
+    with pytest.warns(UserWarning, match=r"torch\.AdamW keeps 'exp_avg'") as caught:
+        adapter.apply(adapter.extract(48), (first, second))
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert not first.state and all(p in second.state for group in second.param_groups for p in group["params"])
+
+
+def test_frozen_matrices_stay_frozen():
+    """Frozen on purpose, with or without a place in an optimizer: no error, and no training after the cut."""
+    model, adapter, _ = searched()
+    for layer in layers_of(adapter).values():
+        layer.lora_A.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    adapter.apply(adapter.extract(), optimizer)
+    before = {name: copy.deepcopy(matrices_of(layer)) for name, layer in layers_of(adapter).items()}
+    train(model, adapter, optimizer, [BATCH])
+    for name, layer in layers_of(adapter).items():
+        assert not layer.lora_A.requires_grad and torch.equal(layer.lora_A, before[name]["lora_A"])
+        assert layer.lora_B.requires_grad and not torch.equal(layer.lora_B, before[name]["lora_B"])
+
+
+def test_no_warning_where_all_matrices_are_frozen():
+    """Training the head alone is one's own choice."""
+    model, adapter, _ = searched()
+    for layer in layers_of(adapter).values():
+        layer.lora_A.requires_grad_(False)
+        layer.lora_B.requires_grad_(False)
+    adapter.apply(adapter.extract())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, adapter, torch.optim.AdamW(model.classifier.parameters(), lr=1e-3), [BATCH])
+
+
 def test_schedulers_outlive_the_cut():
     """A scheduler counts the optimizer's groups: they must stay as many, each with its own rate."""
     model, adapter, optimizer = searched(gate_lr_scale=10.0)

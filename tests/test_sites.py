@@ -8,6 +8,7 @@ import torch
 from models import minilm
 from torch import nn
 
+import cobra
 from cobra.sites import block_of, blocks_of, find_sites, fingerprint
 
 
@@ -189,6 +190,25 @@ def test_one_weight_is_one_site():
     computed = named(a=nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
     with pytest.raises(ValueError, match=r"a.weight is computed \(a parametrization\)"):
         find_sites(computed)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_compiled_models_are_refused(inner):
+    """Their names begin with _orig_mod, under which an adapter would load nowhere; compile() in place changes none."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3)), nn.Linear(3, 3))
+    model.compile(backend="eager")
+    assert names(model) == ["0.0", "1"]
+    if inner:
+        model[0] = torch.compile(model[0], backend="eager")
+    else:
+        model = torch.compile(model, backend="eager")
+    said = f"{'0' if inner else 'the model'} is wrapped by torch.compile; give COBRA the model itself, and compile it after"
+    with pytest.raises(ValueError, match=said):
+        find_sites(model)
+    with pytest.raises(ValueError, match=said):
+        cobra.calibrate(model, [(torch.ones(2, 3), torch.ones(2).long())], progress=False)
+    with pytest.raises(ValueError, match=said):
+        cobra.attach(model, cobra.CobraConfig(rank_budget=2, gate="mean"))
 
 
 def test_modules_that_are_not_called():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from models import attached, image_batch, stir, vit
+from safetensors.torch import save
 
 import cobra
 from cobra import storage
@@ -35,6 +36,16 @@ def test_broken_write_leaves_the_old_file(tmp_path, monkeypatch, call, error):
     with pytest.raises(type(error)):
         storage.write_bytes(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5_000], ids=["nested too deep", "a number too long"])
+def test_json_that_python_cannot_hold(tmp_path, text):
+    """As a file, and in a header of safetensors: foreign, like any other."""
+    (tmp_path / "a.json").write_text(text)
+    (tmp_path / "a.safetensors").write_bytes(save({}, {"cobra": text}))
+    for read, name in ((storage.read_json, "a.json"), (storage.read_tensors, "a.safetensors")):
+        with pytest.raises(storage.FormatError, match=rf"{name}: expected a COBRA rank plan .*truncated or foreign file"):
+            read(tmp_path / name, "rank plan")
 
 
 # every file the library writes: its name, a writer of version 0 or 1 of it, and its reader

@@ -3,15 +3,18 @@
 import csv
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow
 import pytest
 import torch
+import transformers
 from models import REVIEWS, smollm2_tokenizer, tokenizer
 from pyarrow import parquet
 from test_cli_diagnose import ROWS, model_folder, written
 
-from cobra.cli.subject import find_model
+from cobra.cli.subject import Source, find_model
+from cobra.cli.subject_data import label_values
 from cobra.cli.textfile import Columns, Example, read_examples
 from cobra.cli.training.data import check_task, find_targets, read_rows, read_split
 from cobra.cli.training.model import fit_new_head, load_model
@@ -152,7 +155,12 @@ def test_numbers(folders, tmp_path):
         ("classifier", [("a", 1)] * 4, {}, "all labels to train on are '1'"),
         ("regressor", [("a", 1.5)] * 4, {}, "all labels to train on are '1.5'"),
         ("classifier", [("a", 1), ("b", 5)] * 4, {}, "label '5' is none of the model's 2 classes"),
-        ("classifier", [("a", "good"), ("b", "bad")] * 4, {}, "LABEL_1, or their numbers; classes are named by id2label"),
+        (
+            "classifier",
+            [("a", "good"), ("b", "bad")] * 4,
+            {},
+            "LABEL_1, or their numbers from 0 to 1; classes are named by id2label",
+        ),
         ("encoder", [("a", "x"), ("b", 1)] * 4, {"task": "regression"}, "label 'x' is no number"),
         ("encoder", [("a", 1)], {}, "has 1 rows and all are held out"),
         ("classifier", [("a", 1), ("b", 0)], {"task": "regression"}, "is a classification model, and the task is regression"),
@@ -175,6 +183,54 @@ def test_refused(folders, tmp_path, model, rows, changes, message):
     assert message in str(raised.value)
 
 
+STARS = {str(i + 1): i for i in range(5)}
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "expected"),
+    [
+        (STARS, ["1", "2", "4"], [0, 1, 3]),
+        (STARS, ["1.0", "5"], [0, 4]),
+        ({"1": 0, "0": 1}, ["0", "1"], [1, 0]),
+        ({"none": 0, "1": 1, "2": 2}, ["none", "2"], [0, 2]),
+        ({"none": 0, "1": 1, "2": 2}, ["2", "1.0"], [2, 1]),
+        ({"0.5": 0, "1": 1}, ["1", "0.50"], [1, 0]),
+        ({"bad": 0, "good": 1}, ["good", "bad"], [1, 0]),
+        ({"bad": 0, "good": 1}, ["1", "0.0"], [1, 0]),
+        ({"LABEL_0": 0, "LABEL_1": 1}, ["1", "0"], [1, 0]),
+    ],
+    ids=str,
+)
+def test_names_that_are_numbers_are_no_class_numbers(names, labels, expected):
+    """Of a class called "1" the number is what label2id says, which counts from 0 or in another order."""
+    assert label_values(classifier_of(names), [Example("a", label) for label in labels]) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "message"),
+    [
+        (STARS, ["0", "1"], "label '0' is none of the model's 5 classes: 1, 2, 3, 4, 5; classes are named by"),
+        ({"none": 0, "1": 1}, ["0", "1"], "label '0' is none of the model's 2 classes: none, 1; classes are named by"),
+        (
+            {"bad": 0, "good": 1},
+            ["1", "2"],
+            "label '2' is none of the model's 2 classes: bad, good, or their numbers from 0 to 1;",
+        ),
+        ({"bad": 0, "good": 1}, ["good", "1"], "label '1' is none"),
+    ],
+    ids=str,
+)
+def test_labels_of_no_class(names, labels, message):
+    with pytest.raises(ValueError) as raised:
+        label_values(classifier_of(names), [Example("a", label) for label in labels])
+    assert message in str(raised.value)
+
+
+def classifier_of(names: dict[str, int]) -> Source:
+    config = transformers.BertConfig(id2label={i: name for name, i in names.items()}, label2id=names)
+    return Source("a classifier", "classification", "BertForSequenceClassification", config, None, None, (Path(), None))
+
+
 def test_label_that_is_only_evaluated_on(folders, tmp_path):
     data, test = written(tmp_path / "a.csv", [("a", "x"), ("b", "y")] * 3), written(tmp_path / "b.csv", [("c", "z")])
     with pytest.raises(ValueError, match="label 'z' is in the rows to evaluate on and in none to train on"):
@@ -182,8 +238,6 @@ def test_label_that_is_only_evaluated_on(folders, tmp_path):
 
 
 def test_images_are_refused(tmp_path):
-    import transformers
-
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(
         tmp_path

@@ -19,9 +19,9 @@ BASELINE = "lora"
 CONDITIONS = ("examples", "noise", "steps", "batch_size", "max_length")
 ORDER = (
     "lora", "rslora", "loraplus", "dora", "eva", "adalora", "uniform", "random", "plan", "singular", "paper", "cobra",
-    "cobra+singular", "cobra+third", "full",
+    "cobra+quick", "cobra+singular", "cobra+third", "full",
 )  # fmt: skip
-FORMS = ("cobra", "cobra+singular", "cobra+third")
+FORMS = ("cobra", "cobra+quick", "cobra+singular", "cobra+third")
 
 
 class Place(NamedTuple):

@@ -37,6 +37,7 @@ STYLES = {
     "paper": ("#2e86c1", "s", ":"),
     "cobra": ("#2e86c1", "o", "-"),
     "cobra+singular": ("#2e86c1", "^", "--"),
+    "cobra+quick": ("#2e86c1", "D", ":"),
     "cobra+third": ("#2e86c1", "X", "-."),
     "full": ("#7f868e", "X", ":"),
 }

@@ -33,7 +33,15 @@ JOINT = {**COBRA, "basis": "singular"}  # gates, and a cut that ranks what they 
 LONG_ROWS, SHORT_ROWS = 3.0, 1 / 3
 THIRD = {**COBRA, "row_scale": SHORT_ROWS}
 UNSAID = {"basis": "gates"}  # what COBRA's forms have where they do not say it
-SETTINGS = {"paper": PAPER, "cobra": COBRA, "singular": SINGULAR, "cobra+singular": JOINT, "cobra+third": THIRD}
+SETTINGS = {
+    "paper": PAPER,
+    "cobra": COBRA,
+    "singular": SINGULAR,
+    "cobra+singular": JOINT,
+    "cobra+third": THIRD,
+    "cobra+quick": COBRA,
+}
+MEASURED = {"cobra+quick": {"calibration_examples": 16}}  # fields of a recipe that belong to the method
 TIGHT = 2 / 9  # the parameters of rank 1 on the layers below, over those of rank 1 on all linear layers of MiniLM
 # at an average rank below 1 LoRA has to choose layers: its usual choice, at rank 1
 FEW_LAYERS = {

@@ -59,7 +59,7 @@ from bench.accuracy.searches import (
 from bench.accuracy.tasks import kind_of
 
 SEEDS = (0, 1, 2, 3, 4)
-LIKE = {"random": "lora", "plan": "lora"}  # controls take the rate of the method that they are plain forms of
+LIKE = {"random": "lora", "plan": "lora", "cobra+quick": "cobra"}  # take the rate of the method that they are forms of
 FACTOR_TASKS = ("supersense", "rt")
 FACTOR_RATE = 2e-3
 CALIBRATION = ("estimator", "path_points", "calibration_examples")  # fields of a recipe, where other changes are settings
@@ -114,7 +114,7 @@ def final() -> Iterator[Recipe]:
         (REGRESSIONS, 2, {}, ("singular",), SEEDS),
         (REGRESSIONS, 8, {}, ("singular",), SEEDS),
         (REGRESSIONS, 2, SAME_TIME, ("lora",), SEEDS),
-        (REGRESSIONS, 2, {}, ("loraplus",), SEEDS),
+        (REGRESSIONS, 2, {}, ("loraplus", "cobra+quick"), SEEDS),
         (TASKS, 2, SHORT, PEERS, few),
         (TASKS, 2, {}, VARIANTS, few),
         (TASKS, 2, {}, ("paper",), few),

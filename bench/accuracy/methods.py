@@ -3,7 +3,8 @@
 peft     lora, rslora, dora, loraplus, adalora, eva
 COBRA    cobra (cut by gates; whatever the recipe's settings say), paper (the published form), plan (ranks from the scores
          alone, then plain LoRA), singular (ranks cut in the singular basis), cobra+singular (the same with gates),
-         cobra+third (cobra whose lora_A starts at a third of its length), uniform and random (the same training without scores)
+         cobra+third (cobra whose lora_A starts at a third of its length), cobra+quick (with a quarter of the calibration),
+         uniform and random (the same training without scores)
 full     every weight of the same linear layers: no peer at an equal budget, but what rank could reach at most
 """
 
@@ -28,7 +29,7 @@ from cobra.sites import Site, find_sites
 SCALING = 2.0
 HEAD = "classifier"
 PEFT = ("lora", "rslora", "dora", "loraplus", "adalora", "eva")
-COBRA = ("cobra", "paper", "singular", "cobra+singular", "cobra+third", "plan", "uniform", "random")
+COBRA = ("cobra", "paper", "singular", "cobra+singular", "cobra+third", "cobra+quick", "plan", "uniform", "random")
 FULL = "full"
 METHODS = (*PEFT, *COBRA, FULL)
 CUT = 0.4  # of the steps, after which the gates are cut where a recipe does not say
@@ -70,9 +71,7 @@ def attach(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None, b
 
 
 def needs_scores(recipe: Recipe) -> bool:
-    return recipe.method in COBRA and recipe.options.get(
-        "scores", recipe.method in ("cobra", "cobra+singular", "cobra+third", "paper", "plan")
-    )
+    return recipe.method in COBRA and recipe.options.get("scores", recipe.method not in ("singular", "uniform", "random"))
 
 
 def directions_needed(recipe: Recipe) -> int:

@@ -7,7 +7,7 @@ from itertools import product
 from typing import NamedTuple
 
 from bench.accuracy.cells import condition_of
-from bench.accuracy.forms import FEW_LAYERS, SETTINGS, TIGHT
+from bench.accuracy.forms import FEW_LAYERS, MEASURED, SETTINGS, TIGHT
 from bench.accuracy.recipe import TEXTS, Recipe
 from bench.accuracy.statistics import Choice, select_best
 from bench.accuracy.tasks import kind_of
@@ -151,5 +151,6 @@ def runs_of(study: Search, *methods: str) -> Iterator[Recipe]:
 def recipe_for(phase: str, task: str, method: str, rank: float, rate: float, seed: int, **conditions: object) -> Recipe:
     """In the method's form at this rank, with the sizes of the task's kind."""
     settings = (FEW_LAYERS if rank == TIGHT else SETTINGS).get(method, {})
-    common = {"settings": tuple(settings.items())} | (TEXTS if task in LANGUAGE else {}) | conditions
+    fields = (TEXTS if task in LANGUAGE else {}) | MEASURED.get(method, {}) | conditions
+    common = {"settings": tuple(settings.items())} | fields
     return Recipe(phase, task, method, rank, rate, seed, **common)

@@ -63,6 +63,9 @@ def image_batches(config: PreTrainedConfig, examples: int, batch_size: int, seed
 def label_values(source: Source, examples: list[Example]) -> list[int] | list[float]:
     """Class numbers, or numbers for regression: for an encoder by whether the labels are whole or words.
 
+    A classifier's labels are names in its label2id. Where names are numbers, as "1" to "5", labels are too, and 1.0 is "1"; no
+    label is a class number then. Where no name is a number, labels may be class numbers, from 0.
+
     Raises ValueError for labels that the task or the model's classes do not have.
     """
     labels = [example.label for example in examples]
@@ -77,15 +80,25 @@ def label_values(source: Source, examples: list[Example]) -> list[int] | list[fl
         if len(ids) < 2:
             raise ValueError(f"all labels are {labels[0]!r}; a head needs two classes")
         return [ids[label] for label in labels]
-    if numbers is None or fractional is not None:
-        ids = dict(source.config.label2id)
+    return _class_numbers(source.config, labels)
+
+
+def _class_numbers(config: PreTrainedConfig, labels: list[str]) -> list[int]:
+    """Of a classifier's labels, by the rule of `label_values`."""
+    names = config.label2id
+    numerals = {float(name): i for name, i in names.items() if as_numbers([name])}
+    numbers = as_numbers(labels)
+    if numbers is None or names.keys() >= set(labels):
+        ids = names
     else:
-        ids = {label: int(v) for label, v in zip(labels, numbers, strict=True) if 0 <= v < source.config.num_labels}
+        known = numerals or {float(i): i for i in range(config.num_labels)}
+        ids = {label: known[v] for label, v in zip(labels, numbers, strict=True) if v in known}
     bad = sorted(set(labels) - ids.keys())
     if bad:
-        known = ", ".join(list(source.config.label2id)[:8])
+        listed = ", ".join(list(names)[:8])
+        by_number = "" if numerals else f", or their numbers from 0 to {config.num_labels - 1}"
         raise ValueError(
-            f"label {bad[0]!r} is none of the model's {source.config.num_labels} classes: {known}, or their numbers; "
+            f"label {bad[0]!r} is none of the model's {config.num_labels} classes: {listed}{by_number}; "
             "classes are named by id2label and label2id in its config.json"
         )
     return [ids[label] for label in labels]
