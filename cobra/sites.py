@@ -245,8 +245,8 @@ def fingerprint(sites: list[Site]) -> str:
             digest.update(f"{site.name} {(site.out_features, site.in_features)} {quantised(site.module)}".encode())
             continue
         weight = site.weight.detach()
-        rows = torch.arange(64) * 7919 % weight.shape[0]
-        columns = torch.arange(64) * 104729 % weight.shape[1]
+        rows = torch.arange(64, device="cpu") * 7919 % weight.shape[0]
+        columns = torch.arange(64, device="cpu") * 104729 % weight.shape[1]
         values = weight[rows.to(weight.device), columns.to(weight.device)].to("cpu", torch.float32)
         digest.update(f"{site.name} {tuple(weight.shape)}".encode())
         digest.update(values.bfloat16().view(torch.int16).numpy().tobytes())

@@ -5,7 +5,7 @@ COBRA    cobra (cut by gates; whatever the recipe's settings say), paper (the pu
          alone, then plain LoRA), singular (ranks cut in the singular basis), cobra+singular (the same with gates),
          cobra+third (cobra whose lora_A starts at a third of its length), cobra+quick (with a quarter of the calibration),
          uniform and random (the same training without scores)
-full     every weight of the same linear layers: no peer at an equal budget, but what rank could reach at most
+full     every weight of the same linear layers: no peer at an equal budget, but a sign of what rank could bring
 """
 
 from __future__ import annotations
