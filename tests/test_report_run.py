@@ -39,7 +39,7 @@ SPOILT = {
         (
             b'{"kind": "rank plan", "version": 1, "fold": "one", "fingerprint": "", "sites": '
             b'[{"name": "up", "members": ["up"], "cost": 1, "kept": [], "posterior": [7]}]}',
-            "posterior of up should be probabilities",
+            "sites[0].posterior=[7]: expected a list of numbers from 0 to 1",
         ),
     ],
     "history.jsonl": [
