@@ -15,23 +15,15 @@ from cobra.batch import Batch, model_device
 from cobra.conductance import Attribution, attribute
 from cobra.config import CHOICES, TargetModules
 from cobra.directions import GradientSums, top_directions
-from cobra.entry import TOKENS, Baseline, Entry, find_entry
+from cobra.entry import TOKENS, Baseline, find_entry
 from cobra.gradient import GradientNorms, gradient_norms
+from cobra.layout import check_layout, refuse_batch_second
 from cobra.linear import CobraLinear
 from cobra.path import path_rule
 from cobra.progress import Progress
 from cobra.scores import Completeness, LayerScores
-from cobra.sites import (
-    Site,
-    batch_second,
-    blocks_of,
-    find_sites,
-    fingerprint,
-    linear_names,
-    refuse_batch_second,
-    refuse_peft_layers,
-)
-from cobra.watch import frozen, watching
+from cobra.sites import Site, blocks_of, find_sites, fingerprint, linear_names, refuse_peft_layers
+from cobra.watch import frozen
 
 CHUNK_BYTES = {"cpu": 1 << 28}  # what the allocator hands out again: the first touch of more memory costs more than is saved
 PerExample = Callable[[object, object], Tensor]
@@ -104,7 +96,7 @@ def calibrate(
                 norms = gradient_norms(model, sites, entry, batch, checked, collected.sums if directions else None)
                 _check_losses(norms.losses, index)
                 if index == 0:
-                    _check_layout(model, sites, entry, batch)
+                    check_layout(model, sites, entry, batch)
                 attribution = attribute(
                     model,
                     sites,
@@ -278,37 +270,6 @@ def _check_losses(losses: Tensor, index: int) -> None:
             f"the loss of example {bad[0]} in calibration batch {index} is {losses[bad[0]].item()}: "
             "check its inputs and labels, or load the model in fp32"
         )
-
-
-def _check_layout(model: nn.Module, sites: list[Site], entry: Entry, batch: Batch) -> None:
-    """Raises ValueError for a site whose first dimension does not double with the batch: a multiple of it may be by chance."""
-    once, twice = (_shapes(model, sites, entry, batch, alphas) for alphas in (None, torch.tensor([0.0, 1.0])))
-    for index in sorted(once.keys() & twice.keys()):
-        for shape, other in zip(once[index], twice[index], strict=False):  # how often it is called may depend on values
-            if 2 * shape[0] != other[0]:
-                second = batch_second(model)
-                raise ValueError(
-                    f"{sites[index].name} has an output of shape {tuple(shape)} in a batch of {batch.size} and {tuple(other)} "
-                    f"in one of {2 * batch.size}: its first dimension must be the batch (or a multiple of it); "
-                    + (f"make {second[0]} with batch_first=True, or " if second else "")
-                    + "leave it out with target_modules"
-                )
-
-
-def _shapes(
-    model: nn.Module, sites: list[Site], entry: Entry, batch: Batch, alphas: Tensor | None
-) -> dict[int, list[torch.Size]]:
-    """Of a site's outputs that depend on the path, call by call."""
-    shapes: dict[int, list[torch.Size]] = {}
-
-    def on_call(index: int, x: Tensor, h: Tensor) -> None:
-        if h.requires_grad:
-            shapes.setdefault(index, []).append(h.shape)
-
-    nothing_kept = torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda kept: kept)  # there is no backward
-    with watching(sites, on_call), entry.at(batch, alphas, lambda x: None) as folded, nothing_kept:
-        folded.forward(model)
-    return shapes
 
 
 def _checked_loss(model: nn.Module, loss_of: Callable[[object, Batch], Tensor], outputs: object, batch: Batch) -> Tensor:

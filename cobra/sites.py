@@ -216,24 +216,6 @@ def peft_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if loaded and isinstance(module, loaded.BaseTunerLayer)]
 
 
-def batch_second(model: nn.Module) -> list[str]:
-    """Names of the modules that take (tokens, batch, features), as torch's attention and recurrent layers do by default."""
-    return [name for name, module in model.named_modules() if getattr(module, "batch_first", True) is False]
-
-
-def refuse_batch_second(model: nn.Module, sites: list[Site]) -> None:
-    """Raises ValueError where sites are in a transformer layer of torch that takes its batch in the second dimension."""
-    targets = {id(module) for site in sites for module in site.distinct_modules}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) or not batch_second(layer):
-            continue
-        if any(id(part) in targets for part in layer.modules()):
-            raise ValueError(
-                f"{name or type(layer).__name__} takes its batch in the second dimension, and examples are told apart in the "
-                "first: make it with batch_first=True, or leave its layers out with target_modules"
-            )
-
-
 def fingerprint(sites: list[Site]) -> str:
     """A hash of names, shapes and 64 sampled values of each weight, equal for fp32 and bf16 copies of one checkpoint.
 

@@ -18,8 +18,9 @@ arithmetic is fp64, rounded once.
 
 from torch import Tensor
 
+from cobra_kernels.derivatives import check_no_transforms
 from cobra_kernels.gates_ops import GateFunction, bernoulli_kl, sampled_kl
-from cobra_kernels.gates_options import GateOptions, check_no_transforms
+from cobra_kernels.gates_options import GateOptions
 
 _KL_ALONE = (False, True, False)
 

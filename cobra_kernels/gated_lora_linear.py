@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from cobra_kernels import gated_lora_configs as configs
 from cobra_kernels.backend import TRITON_DTYPES, check_backend, has_tiles, require_triton, uses_triton
 from cobra_kernels.concrete_sample import ConcreteSample
+from cobra_kernels.derivatives import check_differentiated_once, check_no_transforms
 from cobra_kernels.gated_lora_linear_cpu import add_products, reduce, shrink
-from cobra_kernels.gates_options import check_differentiated_once, check_no_transforms
 
 
 def gated_lora_linear_ref(

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from cobra_kernels.backend import check_backend, uses_triton
+from cobra_kernels.derivatives import check_differentiated_once, check_no_transforms
 from cobra_kernels.gated_lora_linear import autocast_dtype, check_shapes, gated_lora_linear, gated_lora_linear_ref
 from cobra_kernels.gated_lora_linear_cpu import add_products, reduce, shrink
-from cobra_kernels.gates_options import check_differentiated_once, check_no_transforms
 
 FIELDS = 5  # tensors of a layer
 

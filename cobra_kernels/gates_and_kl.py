@@ -34,8 +34,9 @@ from torch import Tensor
 
 from cobra_kernels import cuda_extension
 from cobra_kernels.backend import require_triton
+from cobra_kernels.derivatives import check_no_transforms
 from cobra_kernels.gates_ops import GateFunction, bernoulli_kl, concrete, drawn_noise, open_probability, sampled_kl
-from cobra_kernels.gates_options import GateOptions, check_cover, check_no_transforms, check_temperature, signed, stretch_of
+from cobra_kernels.gates_options import GateOptions, check_cover, check_temperature, signed, stretch_of
 
 KL = Literal["bernoulli", "concrete"]
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from cobra_kernels import extension, gates_cpu, gates_cuda
-from cobra_kernels.gates_options import GateOptions, check_cover, check_differentiated_once
+from cobra_kernels.derivatives import check_differentiated_once
+from cobra_kernels.gates_options import GateOptions, check_cover
 from cobra_kernels.philox import gate_noise
 
 

@@ -1,10 +1,9 @@
-"""What the gates of one call have in common, as the registered operators take it; what they and the products refuse."""
+"""What the gates of one call have in common, as the registered operators take it."""
 
 import ctypes
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -91,20 +90,6 @@ def check_cover(offsets: Tensor, count: int) -> None:
     """Raises ValueError unless offsets lead from 0 to count, the number of logits."""
     if not (bool(offsets[0] == 0) and bool(offsets[-1] == count) and bool((offsets.diff() >= 0).all())):
         raise ValueError(f"offsets must begin at 0, never fall and end at {count}, the number of logits")
-
-
-def check_no_transforms(operation: str, way_out: str) -> None:
-    """Raises RuntimeError under torch.func's transforms."""
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(f"{operation} has no rule for torch.func's transforms (vmap, grad, jvp): {way_out}")
-
-
-def check_differentiated_once(operation: str) -> None:
-    """Raises RuntimeError in a backward that is to have a gradient itself: autograd records it under create_graph alone."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"{operation} has no second derivative, which create_graph=True asks for: use {operation}_ref, plain torch"
-        )
 
 
 def check_temperature(temperature: float) -> float:

@@ -15,15 +15,9 @@ import torch
 from torch import Tensor
 
 from cobra_kernels import extension, gates_cpu, gates_ops
+from cobra_kernels.derivatives import check_differentiated_once, check_no_transforms
 from cobra_kernels.gates_ops import GateFunction, concrete
-from cobra_kernels.gates_options import (
-    GateOptions,
-    check_differentiated_once,
-    check_no_transforms,
-    check_temperature,
-    signed,
-    stretch_of,
-)
+from cobra_kernels.gates_options import GateOptions, check_temperature, signed, stretch_of
 from cobra_kernels.philox import gate_noise
 
 Stretch = tuple[float, float]

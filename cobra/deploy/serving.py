@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cobra.layout import batch_second
 from cobra.linear import CobraLinear, leave_fast_path, nesting_encoders
 from cobra.lora import LoraAdapter, LoraLayer, check_layer
 from cobra.sites import find_sites, is_conv1d, linear_weight
@@ -184,8 +185,7 @@ def serve(model: nn.Module, adapters: Mapping[str, LoraAdapter]) -> ServedAdapte
         raise ValueError("no adapters to serve")
     if any(isinstance(module, (CobraLinear, PackedLinear)) for module in model.modules()):
         raise ValueError("an adapter is attached already; detach() or merge() it first")
-    second = [name for name, module in model.named_modules() if getattr(module, "batch_first", True) is False]
-    if second:
+    if second := batch_second(model):
         raise ValueError(
             f"{second[0]} takes batches in its second dimension; rows are told apart in the first (batch_first=True)"
         )
