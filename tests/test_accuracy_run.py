@@ -43,7 +43,7 @@ def without_costs(row: dict) -> dict:
     return {name: value for name, value in row.items() if name not in ("seconds", "peak_memory_mb")}
 
 
-@pytest.mark.parametrize("method", ["lora", "cobra"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "cobra"])
 def test_rows_are_complete_and_repeat(method):
     """The same bits again, also after other runs and where nothing is cached."""
     recipe = recipe_of(method)
@@ -95,7 +95,7 @@ def test_other_models_and_methods_are_refused():
         run(recipe_of("qlora"))
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora", "cobra"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "adalora", "cobra"])
 def test_regressions_run(monkeypatch, method):
     """Real labels from start to end: errors of every test text average to the row's, and rows pass for one cell."""
     short = {name: tuple(replace(e, label=0.1 * len(e.text) % 1) for e in rows) for name, rows in reviews().splits.items()}

@@ -11,7 +11,7 @@ import cobra
 LIVES = [
     ("minilm", "site"),
     ("smollm2", "site"),
-    ("smollm2", "block"),
+    pytest.param("smollm2", "block", marks=pytest.mark.slow),
     ("gpt2", "site"),
     ("gpt2", "block"),
     ("t5", "site"),

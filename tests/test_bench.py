@@ -12,7 +12,14 @@ def rows_of(path) -> dict[str, list[dict]]:
     return {name: [row for row in rows if row["benchmark"] == name] for name in {row["benchmark"] for row in rows}}
 
 
-@pytest.mark.parametrize(("name", "rows"), [("packed_lora", 16), ("merge", 3), ("planner", 72)])
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("packed_lora", 16),
+        pytest.param("merge", 3, marks=pytest.mark.slow),
+        pytest.param("planner", 72, marks=pytest.mark.slow),
+    ],
+)
 def test_rows_are_brought_up_to_date(name, rows, tmp_path, capsys):
     out = tmp_path / "results.json"
     stale = {"benchmark": name, "work": "stale"}

@@ -4,20 +4,17 @@ from functools import partial
 
 import pytest
 import torch
-from models import Mlp, Partial, gpt2, image_batch, minilm, mlp_batch, review_batch, t5, tokenizer, vit
-from models import token_batch as text_batch
+from calibrations import Tokens, assert_equal, calibrate, token_batch
+from models import Mlp, Partial, image_batch, minilm, mlp_batch, review_batch, vit
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import cobra
-from cobra import LayerScores
 from cobra.path import ESTIMATORS
 from cobra.sites import find_sites, fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:the path integral misses")
-
-calibrate = partial(cobra.calibrate, steps=3, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -28,36 +25,6 @@ def model():
 @pytest.fixture(scope="module")
 def site_scores(model):
     return calibrate(model, [review_batch()])
-
-
-class Tokens(nn.Module):
-    """A language model of three layers; takes (ids, labels) pairs."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.up, self.lm_head = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11)
-
-    def forward(self, ids):
-        h = self.embedding(ids)
-        return self.lm_head(h + torch.tanh(self.up(h)))
-
-
-def token_batch(labelled: list[bool]):
-    """Labels at every second token, or nowhere."""
-    ids = torch.randint(11, (len(labelled), 5))
-    labels = ids.clone()
-    labels[:, ::2] = -100
-    labels[~torch.tensor(labelled)] = -100
-    return ids, labels
-
-
-def assert_equal(found: LayerScores, expected: LayerScores) -> None:
-    for name in ("conductance", "gradient", "attributions"):
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
-    assert found.sites == expected.sites and found.settings == expected.settings
-
-
-# what it returns
 
 
 def test_scores_describe_themselves(model, site_scores):
@@ -361,130 +328,6 @@ def test_baselines_end_the_path_where_they_say(model, baseline):
     assert scores.settings["baseline"] == baseline
 
 
-# bad input
-
-
-def nan_input():
-    x, y = mlp_batch()
-    x[2, 0] = float("nan")
-    return x, y
-
-
-X, Y = torch.zeros(2, 6), torch.tensor([0, 1])
-
-
-@pytest.mark.parametrize(
-    ("loader", "error", "message"),
-    [
-        ([], ValueError, "the calibration loader is empty: it yielded no batch"),
-        ([(X[:0], Y[:0])], ValueError, "the calibration loader is empty"),
-        ([(X, Y - 100 - Y)] * 3, ValueError, r"all labels of the 3 calibration batches are masked \(-100\)"),
-        ([mlp_batch(), nan_input()], ValueError, "the loss of example 2 in calibration batch 1 is nan: check its inputs"),
-        ([(X, None)], ValueError, "the batch has no tensor 'labels'; add them, or pass target= and loss="),
-        ([X], TypeError, r"batch 0 is Tensor; expected a mapping of tensors or an \(inputs, labels\) pair"),
-        ([(X, Y), "text"], TypeError, "batch 1 is str; expected a mapping"),
-        ([(X, Y, Y)], TypeError, "batch 0 is tuple; expected a mapping"),
-        ([{"texts": ["fine", "dull"]}], ValueError, "batch 0 holds no tensors with a batch dimension; wrap .* collate_fn"),
-        ([(X[0], 1)], ValueError, "batch 0 looks like one example without a batch dimension; wrap the dataset in a DataLoader"),
-        ([(X, Y + 4)], ValueError, "label 4 is out of range: the model has 3 classes .*; correct the labels, which count from"),
-        ([{"a": X, "b": X, "labels": Y}], ValueError, r"cannot tell the model's input among \['a', 'b', 'labels'\]"),
-        ([(X.long(), Y)], ValueError, "input 0 is torch.int64 and Mlp has no input embeddings .* define get_input_embeddings"),
-    ],
-    ids=[
-        "empty",
-        "empty-batches",
-        "all-masked",
-        "nan",
-        "no-labels",
-        "tensor",
-        "string",
-        "triple",
-        "texts",
-        "row",
-        "label",
-        "two-inputs",
-        "integers",
-    ],
-)
-def test_bad_loader(loader, error, message):
-    """The message says which batch, which example, what was found and what was expected."""
-    with pytest.raises(error, match=message):
-        calibrate(Mlp(), loader)
-
-
-def rows_of(batch) -> list:
-    """A batch as the rows of a dataset."""
-    if isinstance(batch, tuple):
-        return list(zip(*batch, strict=True))
-    return [{key: tensor[i] for key, tensor in batch.items()} for i in range(len(batch["labels"]))]
-
-
-@pytest.mark.parametrize(
-    ("build", "make_batch"),
-    [(minilm, review_batch), (gpt2, text_batch), (t5, text_batch), (vit, image_batch), (Mlp, mlp_batch)],
-    ids=["minilm", "gpt2", "t5", "vit", "mlp"],
-)
-def test_rows_in_the_place_of_batches(build, make_batch):
-    """A dataset is not a loader: the model would break somewhere inside. In a DataLoader its rows are a batch."""
-    model, batch = build(), make_batch()
-    rows = rows_of(batch)
-    with pytest.raises(ValueError, match="batch 0 looks like one example without a batch dimension; wrap the dataset in a "):
-        calibrate(model, rows)
-    assert_equal(calibrate(model, DataLoader(rows, batch_size=len(rows))), calibrate(model, [batch]))
-
-
-def test_rows_without_a_label_in_the_place_of_batches(model):
-    """What is scored may be the caller's own; ids of one text are still no batch."""
-    rows = [{key: tensor for key, tensor in row.items() if key != "labels"} for row in rows_of(review_batch())]
-    own = {"target": lambda outputs, batch: outputs.logits[:, 0], "loss": lambda outputs, batch: outputs.logits.square().sum(1)}
-    with pytest.raises(ValueError, match="batch 0 looks like one example without a batch dimension"):
-        calibrate(model, rows, **own)
-
-
-def test_rows_of_lists_in_the_place_of_batches(model, site_scores):
-    """As tokenizers make them; the collate_fn that the message names pads them to the batch."""
-    from transformers import DataCollatorWithPadding
-
-    batch = review_batch()
-    rows = [
-        {key: tensor[mask.bool()].tolist() if tensor.ndim else tensor.item() for key, tensor in row.items()}
-        for row, mask in zip(rows_of(batch), batch["attention_mask"], strict=True)
-    ]
-    with pytest.raises(ValueError, match=r"batch 0 holds no tensors with a batch dimension; .* DataCollatorWithPadding"):
-        calibrate(model, rows)
-    loader = DataLoader(rows, batch_size=4, collate_fn=DataCollatorWithPadding(tokenizer()))
-    assert_equal(calibrate(model, loader), site_scores)
-
-
-def test_examples_of_one_token_are_no_row():
-    """A model of one's own may take ids (B,); only those of transformers never do."""
-    ids, labels = token_batch([True] * 5)
-    assert calibrate(Tokens(), [(ids[:, 1], labels[:, 1])]).settings["examples"] == 5
-
-
-@pytest.mark.parametrize("label", [5, -1])
-@pytest.mark.parametrize(("build", "make_batch"), [(minilm, review_batch), (vit, image_batch)], ids=["minilm", "vit"])
-def test_label_without_a_class(build, make_batch, label):
-    """Named before the model's own loss breaks over it; one beyond max_examples is not looked at, and -100 is masked."""
-    model = build()
-    loader = [make_batch() | {"labels": torch.tensor([1, 0, -100, label])}]
-    with pytest.raises(ValueError, match=rf"label {label} is out of range: the model has {model.num_labels} classes .and -100"):
-        calibrate(model, loader)
-    assert calibrate(model, loader, max_examples=2).settings["examples"] == 2
-
-
-def test_integer_labels_of_a_regression():
-    """With one output transformers fits numbers, which are no classes."""
-    batch = review_batch() | {"labels": torch.tensor([5, 0, -3, 1])}
-    scores = calibrate(
-        minilm(labels=1),
-        [batch],
-        target=lambda outputs, batch: outputs.logits[:, 0],
-        loss=lambda outputs, batch: (outputs.logits[:, 0] - batch["labels"]).square(),
-    )
-    assert scores.settings["examples"] == 4
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -510,108 +353,6 @@ def test_integer_labels_of_a_regression():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         calibrate(Mlp(), [mlp_batch()], **options)
-
-
-def test_sequence_first_layers_are_refused():
-    """A layer that sees (tokens, batch, features) would mix the examples up."""
-
-    class SequenceFirst(Mlp):
-        def forward(self, x):
-            return self.classifier(torch.tanh(self.up(x.transpose(0, 1))).mean(0))
-
-    with pytest.raises(ValueError, match=r"up sees a tensor of shape \(7, 5, 6\) in a batch of 5: its first dimension must be"):
-        calibrate(SequenceFirst(), [mlp_batch(tokens=7)])
-    for examples in (5, 1):  # which divide the tokens, as all points of the path do
-        shapes = rf"\(15, {examples}, 10\) in a batch of {examples} and \(15, {2 * examples}, 10\) in one of {2 * examples}"
-        with pytest.raises(ValueError, match=rf"up has an output of shape {shapes}: its first dimension must be the batch"):
-            calibrate(SequenceFirst(), [mlp_batch(examples, tokens=15)])
-
-
-class Around(nn.Module):
-    """A layer of torch, and others around it; its inputs are (batch, tokens, features)."""
-
-    def __init__(self, layer: nn.Module, batch_first: bool):
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.layer, self.classifier = nn.Linear(6, 16), layer, nn.Linear(16, 3)
-        self.batch_second = not batch_first
-        self.out = nn.Linear(16, 16)
-
-    def forward(self, x):
-        h = torch.tanh(self.up(x))
-        h = self.layer(h.transpose(0, 1) if self.batch_second else h)
-        h = h[0] if isinstance(h, tuple) else h
-        return self.classifier(self.out(h.transpose(0, 1) if self.batch_second else h).mean(1))
-
-
-def around(build, batch_first: bool) -> Around:
-    torch.manual_seed(1)
-    return Around(build(batch_first=batch_first), batch_first)
-
-
-@pytest.mark.parametrize("examples", [4, 1])
-def test_transformer_layers_with_the_batch_second_are_refused(examples):
-    """torch's default; in a sequence that the rows divide the numbers would be wrong and no shape would say so."""
-    build = partial(nn.TransformerEncoderLayer, 16, 2, 32, dropout=0.0)
-    batch = mlp_batch(examples, tokens=12)
-    with pytest.raises(ValueError, match=r"^layer takes its batch in the second dimension, .* make it with batch_first=True"):
-        calibrate(around(build, False), [batch])
-    expected = calibrate(around(build, True), [batch])
-    found = calibrate(around(build, False), [batch], target_modules=("up", "out"))  # the way out that the message names
-    kept = [expected.sites.index(name) for name in found.sites]
-    assert found.sites == ("up", "out")
-    torch.testing.assert_close(found.conductance, expected.conductance[kept])
-    torch.testing.assert_close(found.gradient, expected.gradient[kept])
-
-
-def test_layers_around_one_with_the_batch_second():
-    """An LSTM as torch makes it has no linear layers: what sees the batch first is scored as ever."""
-    build, batch = partial(nn.LSTM, 16, 16), mlp_batch(4, tokens=12)
-    assert_equal(calibrate(around(build, False), [batch]), calibrate(around(build, True), [batch]))
-
-
-def test_a_layer_between_the_transposes_of_an_attention():
-    """The message names the module that the layer's order comes from."""
-
-    class Block(nn.Module):
-        def __init__(self, batch_first):
-            super().__init__()
-            self.attention, self.mlp = nn.MultiheadAttention(16, 2, batch_first=batch_first), nn.Linear(16, 16)
-
-        def forward(self, h):
-            return self.mlp(self.attention(h, h, h)[0])
-
-    batch = mlp_batch(4, tokens=12)
-    with pytest.raises(ValueError, match=r"^layer.mlp has .*; make layer.attention with batch_first=True, or leave it out"):
-        calibrate(around(Block, False), [batch])
-    assert "layer.mlp" in calibrate(around(Block, True), [batch]).sites
-
-
-def test_layers_called_once_an_example_are_refused():
-    """They see (tokens, features), which are no examples."""
-
-    class OneByOne(Mlp):
-        def forward(self, x):
-            return torch.stack([super(OneByOne, self).forward(example).mean(0) for example in x])
-
-    with pytest.raises(ValueError, match=r"up has an output of shape \(15, 10\) in a batch of 5 and \(15, 10\) in one of 10"):
-        calibrate(OneByOne(), [mlp_batch(tokens=15)])
-
-
-@pytest.mark.parametrize("layout", ["flat", "windows"])
-def test_more_rows_than_examples(layout):
-    """All tokens in one dimension, or windows of them: a multiple of the batch, example by example."""
-
-    class Folded(Mlp):
-        def forward(self, x):
-            rows = x.reshape(-1, 6) if layout == "flat" else x.reshape(-1, 3, 6)
-            return super().forward(rows).reshape(len(x), -1, 3).mean(1)
-
-    batch, folded, plain = mlp_batch(tokens=15), Folded(), Mlp()
-    plain.load_state_dict(folded.state_dict())
-    for name in ("conductance", "gradient"):
-        found, expected = (getattr(calibrate(model, [batch]), name) for model in (folded, plain))
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_padded_batches_of_torchs_own_transformer():

@@ -83,7 +83,7 @@ def captum_conductance(model, layer, values, method, steps):
     ("quadrature", "dtype", "tolerance"),
     [
         ("midpoint", torch.float32, 1e-5),
-        ("gausslegendre", torch.float32, 1e-5),
+        pytest.param("gausslegendre", torch.float32, 1e-5, marks=pytest.mark.slow),
         ("gausslegendre", torch.float64, 1e-12),
     ],
     ids=["midpoint-fp32", "gausslegendre-fp32", "gausslegendre-fp64"],

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,11 @@ def python(code: str, *options: str, path: Path = ROOT) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, cwd=path)
 
 
-def sources(package: str) -> Iterator[tuple[Path, ast.Module]]:
+@cache
+def sources(package: str) -> tuple[tuple[Path, ast.Module], ...]:
     """Path within the package and syntax tree of every module."""
-    for path in sorted(PACKAGES[package].rglob("*.py")):
-        yield path.relative_to(PACKAGES[package]), ast.parse(path.read_text(encoding="utf-8"))
+    root = PACKAGES[package]
+    return tuple((path.relative_to(root), ast.parse(path.read_text(encoding="utf-8"))) for path in sorted(root.rglob("*.py")))
 
 
 def imports(tree: ast.AST, lazy: bool = False) -> Iterator[tuple[str, bool]]:

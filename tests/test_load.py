@@ -16,7 +16,7 @@ LAYOUTS = pytest.mark.parametrize("layout", ["compact", "padded"])
 
 
 @LAYOUTS
-@pytest.mark.parametrize("build", [vit, gpt2, minilm, smollm2])
+@pytest.mark.parametrize("build", [vit, gpt2, minilm, pytest.param(smollm2, marks=pytest.mark.slow)])
 def test_round_trip(build, layout, tmp_path):
     """Every bit of the matrices, heads and provenance comes back; padding does not."""
     _, adapter = trained(build, modules_to_save="auto")

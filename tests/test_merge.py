@@ -348,7 +348,10 @@ def test_the_model_may_move_between_merge_and_unmerge():
     assert all(torch.equal(model.get_parameter(name), p.bfloat16()) for name, p in base.items())
 
 
-@pytest.mark.parametrize("build", [vit, gpt2, smollm2], ids=["vit", "gpt2", "smollm2"])
+@pytest.mark.parametrize(
+    "build",
+    [pytest.param(vit, id="vit"), pytest.param(gpt2, id="gpt2"), pytest.param(smollm2, id="smollm2", marks=pytest.mark.slow)],
+)
 def test_a_merged_model_is_saved_by_its_own_class(build, tmp_path):
     """save_pretrained of the base class writes the merged weights, and from_pretrained reads them into plain layers."""
     model, adapter = attached(build)

@@ -10,7 +10,7 @@ kernels = pytest.importorskip("cobra_kernels.merge_lora_triton", reason="triton 
 POINTERS = {"sites_ptr": "*i64", "first_tile_ptr": "*i64", "sums_ptr": "*fp64", "tile_sums_ptr": "*fp64"}
 
 
-@pytest.mark.parametrize("arch", aot.SHARED_MEMORY)
+@pytest.mark.parametrize("arch", aot.SMALLEST_FIRST)
 @pytest.mark.parametrize(
     ("dtype", "aligned", "statistics"),
     [

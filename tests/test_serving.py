@@ -126,7 +126,9 @@ def test_adapters_stay_while_rows_use_them():
             request()
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, id="greedy"), pytest.param({"num_beams": 2}, id="beams", marks=pytest.mark.slow)]
+)
 def test_generation_with_an_adapter_a_row(options):
     """Real weights, a decoder with a cache: each row's text is that of its adapter alone."""
     tokenizer = smollm2_tokenizer()
