@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from cobra import checkpoint, distributed, shrink
 from cobra.budget import Budget
@@ -214,7 +213,7 @@ class Adapter:
                         stack.enter_context(layer.cut_to(*matrices))
             yield
 
-    def apply(self, plan: RankPlan, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:
+    def apply(self, plan: RankPlan, optimizer: checkpoint.Optimizers = None) -> None:
         """Cuts the matrices to the kept ranks. Layers of rank 0 become the base model's own modules again.
 
         optimizer: takes over the cut parameters, with their state cut alike (in the singular basis, and of optimizers whose
@@ -391,12 +390,18 @@ class Adapter:
         """Every tensor that training changes, by full name: matrices, gates and heads, as FSDP2 holds them where it does."""
         return checkpoint.adapter_tensors(self)
 
-    def save_checkpoint(self, path: Path | str, optimizer: Optimizer | None = None, scheduler=None) -> None:
-        """Writes one file from which training goes on with the same bits (`cobra.checkpoint`)."""
+    def save_checkpoint(
+        self, path: Path | str, optimizer: checkpoint.Optimizers = None, scheduler: checkpoint.Schedulers = None
+    ) -> None:
+        """Writes one file from which training goes on with the same bits (`cobra.checkpoint`); of several optimizers or
+        schedulers a sequence."""
         checkpoint.save(self, path, optimizer, scheduler)
 
-    def load_checkpoint(self, path: Path | str, optimizer: Optimizer | None = None, scheduler=None) -> None:
-        """Reads what `save_checkpoint` wrote, into an adapter freshly attached with the same config."""
+    def load_checkpoint(
+        self, path: Path | str, optimizer: checkpoint.Optimizers = None, scheduler: checkpoint.Schedulers = None
+    ) -> None:
+        """Reads what `save_checkpoint` wrote, into an adapter freshly attached with the same config; of several optimizers or
+        schedulers in the same order."""
         checkpoint.load(self, path, optimizer, scheduler)
 
     def __repr__(self) -> str:

@@ -9,12 +9,14 @@ other forms (8-bit moments) lies in it as the plain tensors that it is made of.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from cobra import storage
 from cobra.distributed import spread, whole
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from cobra.adapter import Adapter
 
 KIND = "training checkpoint"
+Optimizers = Optimizer | Sequence[Optimizer] | None
+Schedulers = LRScheduler | Sequence[LRScheduler] | None
 
 
 def adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -40,7 +44,7 @@ def adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return tensors
 
 
-def save(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, scheduler) -> None:
+def save(adapter: Adapter, path: Path | str, optimizer: Optimizers, scheduler: Schedulers) -> None:
     """Writes the checkpoint, whole or not at all. Of several ranks each writes its own file: dropout's states differ.
 
     Raises ValueError for an adapter that is not finite; a file that is there stays.
@@ -56,19 +60,21 @@ def save(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, schedu
         "fingerprint": adapter.base_fingerprint,
         "groups": [group.name for group in adapter.groups],
         "plan": None if adapter.plan is None else adapter.plan.to_dict(),
-        "scheduler": None if scheduler is None else encoded(scheduler.state_dict(), "scheduler"),
+        "scheduler": [encoded(each.state_dict(), "scheduler") for each in _several(scheduler)],
+        "optimizer": [],
     }
-    if optimizer is not None:
-        state, meta["optimizer"] = to_parts(optimizer)
+    for place, each in enumerate(_several(optimizer)):
+        state, settings = to_parts(each, place)
         tensors |= state
+        meta["optimizer"].append(settings)
     storage.write_tensors(path, {name: whole(tensor) for name, tensor in tensors.items()}, KIND, meta)
 
 
-def load(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, scheduler) -> None:
+def load(adapter: Adapter, path: Path | str, optimizer: Optimizers, scheduler: Schedulers) -> None:
     """Restores the checkpoint into an adapter freshly attached to the same base model with the same config.
 
     Raises FileNotFoundError; FormatError for truncated or foreign files; ValueError for another model, another config (naming
-    the field), or an optimizer or scheduler that was not saved.
+    the field), or optimizers or schedulers that were not saved, or in another number.
     """
     tensors, meta = storage.read_tensors(path, KIND)
     storage.expect(
@@ -77,12 +83,11 @@ def load(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, schedu
         {"step": lambda v: isinstance(v, int), **dict.fromkeys(("config", "fingerprint", "groups", "plan"), lambda v: True)},
     )
     _check_same_run(adapter, path, meta)
-    for what, given in (("optimizer", optimizer), ("scheduler", scheduler)):
-        if given is not None and not meta.get(what):
-            raise ValueError(f"{path} was saved without the {what}; load it without, or save it with it")
+    optimizers, schedulers = _several(optimizer), _several(scheduler)
+    saved = {what: _saved(path, meta, what, given) for what, given in (("optimizer", optimizers), ("scheduler", schedulers))}
     plan = None if meta["plan"] is None else RankPlan.from_dict(meta["plan"])
     if adapter.plan is None and plan is not None:
-        adapter.apply(plan, optimizer)
+        adapter.apply(plan, optimizers)
     if adapter.plan != plan:
         raise ValueError(f"{path} is of another plan than was applied to this adapter; load it into a fresh one")
     names = [group.name for group in adapter.groups]
@@ -103,17 +108,37 @@ def load(adapter: Adapter, path: Path | str, optimizer: Optimizer | None, schedu
     for group, prior in zip(adapter.groups, tensors["prior"].split(gates), strict=True):
         group.prior = tuple(prior.tolist())
     adapter.move_to_step(meta["step"])
-    if optimizer is not None:
-        state = from_parts(path, tensors, meta["optimizer"])
-        if len(state["param_groups"]) < len(optimizer.param_groups):  # saved from an optimizer made after the cut
-            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        optimizer.load_state_dict(_spread_state(state, optimizer))
-    if scheduler is not None:
-        scheduler.load_state_dict(decoded(meta["scheduler"]))
+    for place, (each, settings) in enumerate(zip(optimizers, saved["optimizer"], strict=True)):
+        state = from_parts(path, tensors, settings, place)
+        if len(state["param_groups"]) < len(each.param_groups):  # saved from an optimizer made after the cut
+            each.param_groups[:] = [group for group in each.param_groups if group["params"]]
+        each.load_state_dict(_spread_state(state, each))
+    for each, settings in zip(schedulers, saved["scheduler"], strict=True):
+        each.load_state_dict(decoded(settings))
     torch.set_rng_state(tensors["rng"])
     for index in _cuda_devices(adapter):
         if f"rng.cuda:{index}" in tensors:
             torch.cuda.set_rng_state(tensors[f"rng.cuda:{index}"], index)
+
+
+def _several(given: object) -> list:
+    """None, one, or several of them in order."""
+    if given is None:
+        return []
+    return list(given) if isinstance(given, Sequence) else [given]
+
+
+def _saved(path: Path | str, meta: dict, what: str, given: Sequence) -> list[dict]:
+    """What the file has of the optimizers or schedulers that are passed; files from before there were several hold one."""
+    saved = meta.get(what) or []
+    saved = [saved] if isinstance(saved, dict) else saved
+    if given and not saved:
+        raise ValueError(f"{path} was saved without the {what}; load it without, or save it with it")
+    if given and len(given) != len(saved):
+        raise ValueError(
+            f"{path} was saved with {len(saved)} {what}s, {len(given)} are passed; pass all of them, in that order"
+        )
+    return saved if given else []
 
 
 def _check_same_run(adapter: Adapter, path: Path | str, meta: dict) -> None:

@@ -18,12 +18,14 @@ PAIRS, NUMBER, DTYPE, SHAPE = "pairs", "number", "dtype", "shape"  # the keys un
 REMEDY = "save without the optimizer, or take another one"
 
 
-def to_parts(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict]:
+def to_parts(optimizer: Optimizer, place: int = 0) -> tuple[dict[str, Tensor], dict]:
     """Plain tensors by name, and what JSON takes: settings, numbers, and how the rest is made of tensors.
+
+    place: among several optimizers of one file
 
     Raises ValueError naming what of the optimizer no checkpoint can keep; its state is there from its first step on.
     """
-    name, state = optimizer_name(optimizer), optimizer.state_dict()
+    name, state, prefix = optimizer_name(optimizer), optimizer.state_dict(), _prefix(place)
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict] = {}
     forms: dict[str, dict] = {}
@@ -31,33 +33,37 @@ def to_parts(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict]:
         for key, value in values.items():
             what = f"state {key!r} of {name}"
             if isinstance(value, Tensor) and (sharded(value) or not is_traceable_wrapper_subclass(value)):
-                tensors[f"optimizer.{index}.{key}"] = value
+                tensors[f"{prefix}{index}.{key}"] = value
             elif any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
-                forms.setdefault(str(index), {})[key] = _form(value, tensors, what)
+                forms.setdefault(str(index), {})[key] = _form(value, tensors, what, f"form.{prefix if place else ''}")
             else:
                 scalars.setdefault(str(index), {})[key] = encoded(value, what, REMEDY)
     groups = encoded(state["param_groups"], f"optimizer {name}")
     return tensors, {"param_groups": groups, "scalars": scalars, "forms": forms}
 
 
-def _form(value: object, tensors: dict[str, Tensor], what: str) -> dict:
+def _prefix(place: int) -> str:
+    return f"optimizer:{place}." if place else "optimizer."
+
+
+def _form(value: object, tensors: dict[str, Tensor], what: str, prefix: str) -> dict:
     """How a value is made of tensors, for JSON; the tensors join the others."""
     if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value) and not sharded(value):
         parts, context = value.__tensor_flatten__()
         return {
             "class": [type(value).__module__, type(value).__qualname__],
-            "parts": {part: _form(getattr(value, part), tensors, what) for part in parts},
+            "parts": {part: _form(getattr(value, part), tensors, what, prefix) for part in parts},
             "context": encoded(context, what, REMEDY),
             "layout": [list(value.shape), list(value.stride())],
         }
     if isinstance(value, Tensor):
-        name = f"form.{len(tensors)}"
+        name = f"{prefix}{len(tensors)}"
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):
-        return {"dict": {key: _form(item, tensors, what) for key, item in value.items()}}
+        return {"dict": {key: _form(item, tensors, what, prefix) for key, item in value.items()}}
     if isinstance(value, (list, tuple)):
-        return {"list": [_form(item, tensors, what) for item in value]}
+        return {"list": [_form(item, tensors, what, prefix) for item in value]}
     return {"value": encoded(value, what, REMEDY)}
 
 
@@ -85,11 +91,11 @@ def _tensor_class(module: str, name: str, path: Path | str) -> type[Tensor]:
     return found
 
 
-def from_parts(path: Path | str, tensors: dict[str, Tensor], meta: dict) -> dict:
+def from_parts(path: Path | str, tensors: dict[str, Tensor], meta: dict, place: int = 0) -> dict:
     """A state dict of what `to_parts` gave. Raises ValueError for tensors of classes that nothing here has imported."""
     state: dict[int, dict] = {int(index): dict(values) for index, values in decoded(meta["scalars"]).items()}
     for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
+        if name.startswith(_prefix(place)):
             _, index, key = name.split(".", 2)
             state.setdefault(int(index), {})[key] = tensor
     for index, forms in meta.get("forms", {}).items():

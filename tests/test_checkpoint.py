@@ -152,6 +152,72 @@ def test_optimizer_made_after_the_cut(tmp_path):
     assert_same_bits(fresh.adapter.state_dict(), run.adapter.state_dict())
 
 
+def several(adapter) -> tuple[list, list]:
+    """lora_B under momentum, all else under AdamW, with a schedule each."""
+    columns = [p for name, p in adapter.state_dict().items() if name.endswith("lora_B")]
+    others = [p for name, p in adapter.state_dict().items() if not name.endswith("lora_B")]
+    optimizers = [torch.optim.AdamW(others, lr=1e-2), torch.optim.SGD(columns, lr=0.1, momentum=0.9)]
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9 - 0.1 * i) for i, optimizer in enumerate(optimizers)]
+    return optimizers, schedules
+
+
+def advance_both(run: Run, optimizers, schedules, start: int, stop: int) -> None:
+    for step in range(start, stop):
+        if step == SEARCH:
+            run.adapter.apply(run.adapter.extract(), optimizers)
+        (run.model(**run.batch).loss + run.adapter.kl_loss()).backward()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        run.adapter.step()
+
+
+def state_of_all(run: Run, optimizers, schedules) -> list:
+    moments = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    return [run.adapter.state_dict(), moments, [schedule.state_dict() for schedule in schedules]]
+
+
+@pytest.mark.parametrize("saved_at", [1, SEARCH + 2], ids=["search", "after the cut"])
+def test_several_optimizers(saved_at, tmp_path):
+    """Each goes on with its own moments and schedule, in the order in which they were saved."""
+    straight, resumed, path = Run.start(vit), Run.start(vit), tmp_path / "run.cobra"
+    both, again = several(straight.adapter), several(resumed.adapter)
+    advance_both(straight, *both, 0, saved_at)
+    straight.adapter.save_checkpoint(path, *both)
+    advance_both(straight, *both, saved_at, TOTAL)
+    expected = state_of_all(straight, *both)
+    resumed.adapter.load_checkpoint(path, *again)
+    advance_both(resumed, *again, saved_at, TOTAL)
+    assert_same_bits(state_of_all(resumed, *again), expected)
+
+
+def test_another_number_of_optimizers_is_refused(tmp_path):
+    run, path = Run.start(vit), tmp_path / "run.cobra"
+    optimizers, schedules = several(run.adapter)
+    run.adapter.save_checkpoint(path, optimizers, schedules)
+    before = copied(run.adapter)
+    stir(run.adapter)
+    with pytest.raises(ValueError, match=r"run\.cobra was saved with 2 optimizers, 1 are passed; pass all, in that order"):
+        run.adapter.load_checkpoint(path, optimizers[:1], schedules)
+    with pytest.raises(ValueError, match="saved with 2 schedulers, 1 are passed"):
+        run.adapter.load_checkpoint(path, optimizers, schedules[0])
+    run.adapter.load_checkpoint(path, optimizers)
+    assert_same_bits(copied(run.adapter), before)
+
+
+def test_files_from_before_there_were_several_optimizers(tmp_path):
+    """They hold the one as it is, and null for none."""
+    run, fresh, path = Run.start(vit), Run.start(vit), tmp_path / "run.cobra"
+    run.advance(0, 2)
+    run.save(path)
+    tensors, meta = storage.read_tensors(path, KIND)
+    meta |= {"optimizer": meta["optimizer"][0], "scheduler": None}
+    storage.write_tensors(path, tensors, KIND, {k: v for k, v in meta.items() if k not in ("kind", "version")})
+    fresh.adapter.load_checkpoint(path, fresh.optimizer)
+    assert_same_bits(fresh.optimizer.state_dict()["state"], run.optimizer.state_dict()["state"])
+
+
 def test_without_an_optimizer(tmp_path):
     """A checkpoint serves evaluation too; an optimizer that was not saved cannot be loaded."""
     run, fresh = Run.start(vit), Run.start(vit)
