@@ -115,6 +115,7 @@ def test_numbers_of_yaml(tmp_path):
         ("- lr", "expected a mapping of settings"),
         ("lr: [", "c.yaml: not a YAML file"),
         ("lr: 0", "lr=0.0: expected above 0"),
+        ("epochs: .inf", "epochs=inf: expected a finite number"),
         ("batch_size: 0", "batch_size=0: expected at least 1"),
         ("search_share: 1.5", "search_share=1.5: expected at most 1"),
         ("eval_share: 1.0", "eval_share=1.0: expected below 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -158,6 +159,8 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
 def _check(name: str, value: Any, rules: dict) -> None:
     if "choices" in rules and value not in rules["choices"]:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(rules['choices'])}")
+    if isinstance(value, float) and math.isinf(value):
+        raise ValueError(f"{name}={value!r}: expected a finite number")
     limits = {
         "least": lambda limit: value >= limit,
         "most": lambda limit: value <= limit,
