@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +12,8 @@ from cobra.batch import Batch
 from cobra.entry import Entry
 from cobra.sites import Site
 from cobra.watch import watching
+
+T = TypeVar("T")
 
 
 def batch_second(model: nn.Module) -> list[str]:
@@ -30,31 +35,58 @@ def refuse_batch_second(model: nn.Module, sites: list[Site]) -> None:
 
 
 def check_layout(model: nn.Module, sites: list[Site], entry: Entry, batch: Batch) -> None:
-    """Raises ValueError for a site whose first dimension does not double with the batch: a multiple of it may be by chance."""
-    once, twice = (_shapes(model, sites, entry, batch, alphas) for alphas in (None, torch.tensor([0.0, 1.0])))
+    """Raises ValueError for a site whose first dimension does not double with the batch: a multiple of it may be by chance;
+    and for one whose rows are every example's first token, then every second one."""
+    once, twice = (_seen(model, sites, entry, batch, _shape, alphas) for alphas in (None, torch.tensor([0.0, 1.0])))
     for index in sorted(once.keys() & twice.keys()):
         for shape, other in zip(once[index], twice[index], strict=False):  # how often it is called may depend on values
             if 2 * shape[0] != other[0]:
-                second = batch_second(model)
                 raise ValueError(
                     f"{sites[index].name} has an output of shape {tuple(shape)} in a batch of {batch.size} and {tuple(other)} "
-                    f"in one of {2 * batch.size}: its first dimension must be the batch (or a multiple of it); "
-                    + (f"make {second[0]} with batch_first=True, or " if second else "")
-                    + "leave it out with target_modules"
+                    f"in one of {2 * batch.size}: its first dimension must be the batch (or a multiple of it); {_remedy(model)}"
+                )
+    if batch.size > 1:
+        several = [sites[index] for index, shapes in sorted(once.items()) if any(shape[0] > batch.size for shape in shapes)]
+        _check_order(model, several, entry, batch)
+
+
+def _check_order(model: nn.Module, sites: list[Site], entry: Entry, batch: Batch) -> None:
+    """Of sites with several rows an example: where the first one's are, told by what it computes alone."""
+    if not sites:
+        return
+    whole, alone = (_seen(model, sites, entry, each, Tensor.detach) for each in (batch, batch.rows(0, 1)))
+    for index in sorted(whole.keys() & alone.keys()):
+        for h, own in zip(whole[index], alone[index], strict=False):
+            if len(h) != batch.size * len(own):
+                continue
+            in_front, in_turn = ((rows - own).norm() / own.norm() for rows in (h[: len(own)], h[:: batch.size]))
+            if in_turn < 0.01 and in_front > 0.1:
+                raise ValueError(
+                    f"{sites[index].name} sees the first token of all {batch.size} examples, then the second one, in its "
+                    f"{len(h)} rows: those of an example must stand together; {_remedy(model)}"
                 )
 
 
-def _shapes(
-    model: nn.Module, sites: list[Site], entry: Entry, batch: Batch, alphas: Tensor | None
-) -> dict[int, list[torch.Size]]:
-    """Of a site's outputs that depend on the path, call by call."""
-    shapes: dict[int, list[torch.Size]] = {}
+def _remedy(model: nn.Module) -> str:
+    second = batch_second(model)
+    return (f"make {second[0]} with batch_first=True, or " if second else "") + "leave it out with target_modules"
+
+
+def _shape(h: Tensor) -> torch.Size:
+    return h.shape
+
+
+def _seen(
+    model: nn.Module, sites: list[Site], entry: Entry, batch: Batch, what: Callable[[Tensor], T], alphas: Tensor | None = None
+) -> dict[int, list[T]]:
+    """What there is of a site's outputs that depend on the path, call by call."""
+    seen: dict[int, list[T]] = {}
 
     def on_call(index: int, x: Tensor, h: Tensor) -> None:
         if h.requires_grad:
-            shapes.setdefault(index, []).append(h.shape)
+            seen.setdefault(index, []).append(what(h))
 
     nothing_kept = torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda kept: kept)  # there is no backward
     with watching(sites, on_call), entry.at(batch, alphas, lambda x: None) as folded, nothing_kept:
         folded.forward(model)
-    return shapes
+    return seen

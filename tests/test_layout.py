@@ -111,3 +111,18 @@ def test_more_rows_than_examples(layout):
     for name in ("conductance", "gradient"):
         found, expected = (getattr(calibrate(model, [batch]), name) for model in (folded, plain))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_token_by_token_are_refused():
+    """All first tokens, then all second ones: as many rows as example by example, and no shape tells."""
+
+    class InTurn(Mlp):
+        def forward(self, x):
+            rows = super().forward(x.transpose(0, 1).reshape(-1, 6))
+            return rows.reshape(x.shape[1], len(x), 3).mean(0)
+
+    message = r"^up sees the first token of all 5 examples, then the second one, in its 75 rows: those of an example must stand"
+    with pytest.raises(ValueError, match=message):
+        calibrate(InTurn(), [mlp_batch(tokens=15)])
+    same = mlp_batch(tokens=15)[0][:1, :1].expand(5, 15, 6), torch.zeros(5, dtype=torch.long)
+    assert calibrate(InTurn(), [same]).settings["examples"] == 5  # equal tokens are the same in any order
