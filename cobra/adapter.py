@@ -23,6 +23,7 @@ from cobra.plan import RankPlan
 from cobra.selection import select_ranks
 from cobra.shared import SharedInputs
 from cobra.sites import Site, fingerprint
+from cobra.statistics import running_statistics, warn_of_moved_statistics
 from cobra.still import StillParameters
 from cobra.tied import write_once
 from cobra.to_lora import to_lora, warn_of_shared_weights
@@ -57,6 +58,7 @@ class Adapter:
         self._detached = False
         self._mode_at_merge = model.training
         self._at_cut: StillParameters | None = None
+        self._statistics = {name: tensor.clone() for name, tensor in running_statistics(model, heads).items()}
         self._steps_since_change = 0  # of the set of parameters
         self._nesting = nesting_encoders(model)
         self._set_nested_tensors(False)
@@ -134,7 +136,9 @@ class Adapter:
         self.move_to_step(self.current_step + 1)
 
     def move_to_step(self, step: int) -> None:
-        """Sets the number of optimizer steps taken; gates and temperature follow from it."""
+        """Sets the number of optimizer steps taken, as after loading; gates and temperature follow from it."""
+        if self._at_cut is not None:  # what was loaded since the cut is no move
+            self._at_cut = StillParameters(self._matrices())
         self.current_step = step
         self._draw()
 
@@ -383,6 +387,7 @@ class Adapter:
         """Writes a plain LoRA checkpoint that peft loads (`cobra.export.peft`); of several ranks, rank 0 does."""
         lora = self.to_lora()
         warn_of_shared_weights(self.groups, stacklevel=3)
+        warn_of_moved_statistics(self._statistics, running_statistics(self.model, self.heads), stacklevel=2)
         if not distributed.rank():
             lora.save_pretrained(folder, layout)
 

@@ -1,9 +1,9 @@
 """Training checkpoints: one safetensors file from which a run goes on with the very same bits.
 
-It holds the matrices, gates, heads, priors, the optimizer's state, torch's random states (of the CPU and of the model's CUDA
-devices, for dropout) and, in its header, the step, the config, the applied plan, and the optimizer's and scheduler's settings.
-Gates need nothing more: they are a function of the step. The order of the data is the caller's to restore. Optimizer state of
-other forms (8-bit moments) lies in it as the plain tensors that it is made of.
+It holds the matrices, gates, heads, priors, running statistics of the base model, the optimizer's state, torch's random states
+(of the CPU and of the model's CUDA devices, for dropout) and, in its header, the step, the config, the applied plan, and the
+optimizer's and scheduler's settings. Gates need nothing more: they are a function of the step. The order of the data is the
+caller's to restore. Optimizer state of other forms (8-bit moments) lies in it as the plain tensors that it is made of.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from cobra import storage
 from cobra.distributed import spread, whole
 from cobra.optimizer_state import decoded, encoded, from_parts, to_parts
 from cobra.plan import RankPlan
+from cobra.statistics import running_statistics
 
 if TYPE_CHECKING:
     from cobra.adapter import Adapter
@@ -54,6 +55,7 @@ def save(adapter: Adapter, path: Path | str, optimizer: Optimizers, scheduler: S
     tensors["prior"] = torch.tensor([p for group in adapter.groups for p in group.prior], dtype=torch.float64)
     tensors["rng"] = torch.get_rng_state()
     tensors |= {f"rng.cuda:{index}": torch.cuda.get_rng_state(index) for index in _cuda_devices(adapter)}
+    tensors |= {f"statistics.{name}": tensor for name, tensor in running_statistics(adapter.model, adapter.heads).items()}
     meta = {
         "step": adapter.current_step,
         "config": adapter.config.to_dict(),
@@ -105,6 +107,8 @@ def load(adapter: Adapter, path: Path | str, optimizer: Optimizers, scheduler: S
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(spread(tensors[f"adapter.{name}"], tensor))
+        for name, tensor in running_statistics(adapter.model, adapter.heads).items():
+            tensor.copy_(tensors.get(f"statistics.{name}", tensor))  # older files have none
     for group, prior in zip(adapter.groups, tensors["prior"].split(gates), strict=True):
         group.prior = tuple(prior.tolist())
     adapter.move_to_step(meta["step"])

@@ -45,24 +45,26 @@ def check_layout(model: nn.Module, sites: list[Site], entry: Entry, batch: Batch
                     f"{sites[index].name} has an output of shape {tuple(shape)} in a batch of {batch.size} and {tuple(other)} "
                     f"in one of {2 * batch.size}: its first dimension must be the batch (or a multiple of it); {_remedy(model)}"
                 )
-    if batch.size > 1:
-        several = [sites[index] for index, shapes in sorted(once.items()) if any(shape[0] > batch.size for shape in shapes)]
-        _check_order(model, several, entry, batch)
+    several = [sites[index] for index, shapes in sorted(once.items()) if any(shape[0] > batch.size for shape in shapes)]
+    _check_order(model, several, entry, batch)
 
 
 def _check_order(model: nn.Module, sites: list[Site], entry: Entry, batch: Batch) -> None:
-    """Of sites with several rows an example: where the first one's are, told by what it computes alone."""
+    """Of sites with several rows an example: where the first one's are, told by what it computes alone. Beside one that is
+    alone in its batch stands its baseline, as another point of the path."""
     if not sites:
         return
-    whole, alone = (_seen(model, sites, entry, each, Tensor.detach) for each in (batch, batch.rows(0, 1)))
+    rows, alphas = (batch.size, None) if batch.size > 1 else (2, torch.tensor([1.0, 0.0]))
+    whole = _seen(model, sites, entry, batch, Tensor.detach, alphas)
+    alone = _seen(model, sites, entry, batch.rows(0, 1), Tensor.detach)
     for index in sorted(whole.keys() & alone.keys()):
         for h, own in zip(whole[index], alone[index], strict=False):
-            if len(h) != batch.size * len(own):
+            if len(h) != rows * len(own):
                 continue
-            in_front, in_turn = ((rows - own).norm() / own.norm() for rows in (h[: len(own)], h[:: batch.size]))
+            in_front, in_turn = ((part - own).norm() / own.norm() for part in (h[: len(own)], h[::rows]))
             if in_turn < 0.01 and in_front > 0.1:
                 raise ValueError(
-                    f"{sites[index].name} sees the first token of all {batch.size} examples, then the second one, in its "
+                    f"{sites[index].name} sees the first token of all {rows} examples, then the second one, in its "
                     f"{len(h)} rows: those of an example must stand together; {_remedy(model)}"
                 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from cobra.distributed import sharded
 from cobra.shrink import optimizer_name
 
-PAIRS, NUMBER, DTYPE, SHAPE = "pairs", "number", "dtype", "shape"  # the keys under which JSON has what it does not know
+# the keys under which JSON has what it does not know
+PAIRS, NUMBER, DTYPE, SHAPE, COUNTER = "pairs", "number", "dtype", "shape", "counter"
 REMEDY = "save without the optimizer, or take another one"
 
 
@@ -105,6 +107,8 @@ def from_parts(path: Path | str, tensors: dict[str, Tensor], meta: dict, place: 
 
 def encoded(value: object, what: str, remedy: str = "use plain numbers (lr=1e-3)") -> object:
     """The value for JSON; dictionaries with other keys than strings become lists of pairs, tensors of one number say so."""
+    if isinstance(value, Counter):  # milestones of schedulers
+        return {COUNTER: [[key, number] for key, number in value.items()]}
     if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
         return {PAIRS: [[key, encoded(item, what, remedy)] for key, item in value.items()]}
     if isinstance(value, dict):
@@ -125,6 +129,8 @@ def encoded(value: object, what: str, remedy: str = "use plain numbers (lr=1e-3)
 def decoded(value: object) -> object:
     if isinstance(value, dict) and value.keys() == {PAIRS}:
         return {key: decoded(item) for key, item in value[PAIRS]}
+    if isinstance(value, dict) and value.keys() == {COUNTER}:
+        return Counter(dict(value[COUNTER]))
     if isinstance(value, dict) and value.keys() == {NUMBER}:
         number, dtype = value[NUMBER]
         return torch.tensor(number, dtype=_dtype(dtype), device="cpu")

@@ -198,7 +198,7 @@ def test_another_number_of_optimizers_is_refused(tmp_path):
     run.adapter.save_checkpoint(path, optimizers, schedules)
     before = copied(run.adapter)
     stir(run.adapter)
-    with pytest.raises(ValueError, match=r"run\.cobra was saved with 2 optimizers, 1 are passed; pass all, in that order"):
+    with pytest.raises(ValueError, match=r"run\.cobra was saved with 2 optimizers, 1 are passed; pass all of them"):
         run.adapter.load_checkpoint(path, optimizers[:1], schedules)
     with pytest.raises(ValueError, match="saved with 2 schedulers, 1 are passed"):
         run.adapter.load_checkpoint(path, optimizers, schedules[0])
@@ -401,6 +401,33 @@ def test_scheduler_with_whole_number_keys(tmp_path):
     resumed.advance(3, TOTAL)
     assert resumed.scheduler.get_last_lr() == run.scheduler.get_last_lr()
     assert_same_bits(resumed.state()["adapter"], run.state()["adapter"])
+
+
+def test_a_warm_up_before_milestones(tmp_path):
+    """MultiStepLR counts its milestones in a Counter, which is more than a dictionary."""
+    runs = [Run.start(vit) for _ in range(2)]
+    for run in runs:
+        warm_up = torch.optim.lr_scheduler.LinearLR(run.optimizer, 0.1, 1.0, 2)
+        steps = torch.optim.lr_scheduler.MultiStepLR(run.optimizer, [2, 4])
+        run.scheduler = torch.optim.lr_scheduler.SequentialLR(run.optimizer, [warm_up, steps], [3])
+    straight, resumed = runs
+    straight.advance(0, 2)
+    straight.save(tmp_path / "run.cobra")
+    straight.advance(2, TOTAL)
+    resumed.load(tmp_path / "run.cobra")
+    resumed.advance(2, TOTAL)
+    assert_same_bits(copied(resumed.adapter), copied(straight.adapter))
+    assert resumed.scheduler.get_last_lr() == straight.scheduler.get_last_lr()
+
+
+def test_a_cut_that_is_loaded_without_the_optimizer_is_watched(tmp_path):
+    """What the file wrote into the matrices is no move of an optimizer that holds those from before the cut."""
+    run, fresh = Run.start(vit), Run.start(vit)
+    run.advance(0, SEARCH + 1)
+    run.save(tmp_path / "run.cobra")
+    fresh.adapter.load_checkpoint(tmp_path / "run.cobra")
+    with pytest.warns(UserWarning, match="no parameter moved in the step after apply"):
+        train(fresh.model, fresh.adapter, fresh.optimizer, [fresh.batch])
 
 
 def test_heads_with_tied_tensors(tmp_path):

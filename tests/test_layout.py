@@ -124,5 +124,7 @@ def test_rows_token_by_token_are_refused():
     message = r"^up sees the first token of all 5 examples, then the second one, in its 75 rows: those of an example must stand"
     with pytest.raises(ValueError, match=message):
         calibrate(InTurn(), [mlp_batch(tokens=15)])
+    with pytest.raises(ValueError, match=message.replace("5 ex", "2 ex").replace("75", "30")):
+        calibrate(InTurn(), [mlp_batch(1, tokens=15)])  # points of the path are dealt like examples
     same = mlp_batch(tokens=15)[0][:1, :1].expand(5, 15, 6), torch.zeros(5, dtype=torch.long)
     assert calibrate(InTurn(), [same]).settings["examples"] == 5  # equal tokens are the same in any order

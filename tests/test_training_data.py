@@ -231,6 +231,27 @@ def classifier_of(names: dict[str, int]) -> Source:
     return Source("a classifier", "classification", "BertForSequenceClassification", config, None, None, (Path(), None))
 
 
+def test_files_of_one_name_are_told_apart(folders, tmp_path):
+    """In folders of their own; a resumed run looks at both."""
+    paths = [tmp_path / part / "data.csv" for part in ("train", "test")]
+    for path, rows in zip(paths, (ROWS * 2, ROWS), strict=True):
+        path.parent.mkdir()
+        written(path, rows)
+    some = settings(folders["classifier"], paths[0], eval_data=str(paths[1]))
+    found = read_split(some, find_model(some.model)).fingerprints
+    assert list(found) == [str(path) for path in paths] and len(set(found.values())) == 2
+
+
+@pytest.mark.parametrize(("value", "kind"), [([1, 2], "list"), ({"text": "fine"}, "record")])
+def test_cells_that_are_no_text(tmp_path, value, kind):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "fine", "label": 1}) + "\n" + json.dumps({"text": value, "label": 0}), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=rf"a\.jsonl, row 2: column 'text' holds a {kind}, not a text: write one text a column"
+    ):
+        read_examples(str(path), Columns())
+
+
 def test_label_that_is_only_evaluated_on(folders, tmp_path):
     data, test = written(tmp_path / "a.csv", [("a", "x"), ("b", "y")] * 3), written(tmp_path / "b.csv", [("c", "z")])
     with pytest.raises(ValueError, match="label 'z' is in the rows to evaluate on and in none to train on"):
@@ -266,6 +287,20 @@ def test_whole_texts_are_learnt():
     [batch] = batches_of(rows, collator_of("causal-lm", tokens), 2)
     assert torch.equal(batch["labels"] == MASKED, batch["attention_mask"] == 0)
     assert (batch["labels"] == MASKED).any()
+
+
+def test_a_prompt_is_not_closed_before_its_response():
+    """By tokenizers that put an end behind every text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<s>", "</s>", "a", "b"])}, unk_token="<s>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = [("<s>", 0), ("</s>", 1)]
+    words.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    tokens = transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+    [row] = language_rows([Example("a a", None, "b b")], tokens, 16, chat=False)
+    assert tokens.convert_ids_to_tokens(row["input_ids"]) == ["<s>", "a", "a", "b", "b", "</s>"]
+    assert row["labels"] == [MASKED] * 3 + [3, 3, 1]
 
 
 @pytest.mark.parametrize("chat", [False, True])

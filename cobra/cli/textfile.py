@@ -125,6 +125,12 @@ def _example(path: Path, number: int, row: object, columns: Columns) -> Example:
             raise ValueError(
                 f"{path}, row {number}: no column {column!r}; it has {known}. Name the right one, as with --text or --label"
             )
+        if isinstance(row[column], (list, dict)):
+            kind = "list" if isinstance(row[column], list) else "record"
+            raise ValueError(
+                f"{path}, row {number}: column {column!r} holds a {kind}, not a text: write one text a column, a chat as its "
+                "prompt and its response"
+            )
     cells = {column: _cell(row[column]) for column in wanted}
     for column, value in cells.items():
         if not value or (column == columns.label and value.lower() in ("nan", "null", "none", "inf", "-inf")):

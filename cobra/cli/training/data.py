@@ -125,7 +125,7 @@ def _columns(settings: SubjectSettings, source: Source) -> Columns:
 def _read(settings: SubjectSettings, data: str, columns: Columns) -> tuple[list[Example], dict[str, str]]:
     rows = read_examples(data, columns, settings.seed)
     if data != "reviews":
-        return rows, {Path(data).name: hashlib.sha256(Path(data).read_bytes()).hexdigest()}
+        return rows, {data: hashlib.sha256(Path(data).read_bytes()).hexdigest()}
     text = "\n".join(sorted(f"{row.label}\t{row.text}" for row in rows))
     return [_example(row, columns) for row in rows], {data: hashlib.sha256(text.encode()).hexdigest()}
 

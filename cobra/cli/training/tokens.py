@@ -83,6 +83,9 @@ def _parts(example: Example, tokenizer: PreTrainedTokenizerBase, chat: bool) -> 
 def _language_row(prompt: str | None, learnt: str, tokenizer: PreTrainedTokenizerBase, longest: int, closed: bool) -> Row:
     """closed: the text brings its special tokens itself"""
     before = [] if prompt is None else tokenizer(prompt, add_special_tokens=not closed)["input_ids"]
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None, tokenizer.bos_token_id}
+    if not closed and before[-1:] and before[-1] in ends:  # of tokenizers that close every text: the response goes on
+        before = before[:-1]
     after = tokenizer(learnt, add_special_tokens=prompt is None)["input_ids"]
     if not closed and tokenizer.eos_token_id is not None and after[-1:] != [tokenizer.eos_token_id]:
         after = [*after, tokenizer.eos_token_id]
