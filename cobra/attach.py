@@ -14,7 +14,7 @@ from cobra.budget import Budget, allocate
 from cobra.config import CobraConfig
 from cobra.group import Group, cost_of_rank
 from cobra.linear import HARD_STRETCH, CobraLinear
-from cobra.lora import LoraAdapter, LoraLayer, check_layer
+from cobra.lora import LoraAdapter, LoraLayer, check_forward, check_layer, check_names
 from cobra.prior import fuse, prior_logits
 from cobra.scores import LayerScores
 from cobra.singular import ROW_NORM
@@ -23,8 +23,10 @@ from cobra.sites import (
     blocks_of,
     find_sites,
     fingerprint,
+    is_linear,
     is_quantised_linear,
     linear_names,
+    quantised,
     refuse_peft_layers,
     task_heads,
 )
@@ -40,7 +42,8 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
         adapter.
 
     Raises ValueError for an adapter already attached, scores of another model or another granularity, a budget above
-    capacity or below the cheapest rank, unknown modules_to_save, and what `find_sites` raises; the model is then unchanged.
+    capacity or below the cheapest rank, unknown or quantised modules_to_save, and what `find_sites` raises; the model is then
+    unchanged.
     Warns of a module trained whole that shares a weight with another one.
     """
     _check_free(model)
@@ -67,6 +70,7 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
     priors = _priors(members, ranks, config, scores)
     starts = _starts(sites, config, scores)
     heads = _heads(model, config, sites)
+    _check_trainable(heads)
     _warn_of_tied_heads(model, heads)
 
     average_rank = budget.amount / (len(members) if budget.unit == "ranks" else sum(costs))
@@ -89,8 +93,8 @@ def attach_lora(model: nn.Module, lora: LoraAdapter) -> Adapter:
 
     Its layers have the mode of those that they replace: dropout is for training.
 
-    Raises ValueError for an adapter already attached, and layers or heads that the model lacks or has in another shape; the
-    model is then unchanged.
+    Raises ValueError for an adapter already attached, layers or heads that the model lacks or has in another shape, layers with
+    a forward of their own, and modules of which it holds one of several names; the model is then unchanged.
     """
     _check_free(model)
     layers = {name: layer for name, layer in lora.layers.items() if layer.rank}
@@ -98,7 +102,10 @@ def attach_lora(model: nn.Module, lora: LoraAdapter) -> Adapter:
         raise ValueError("the adapter has no layer with a rank: there is nothing to attach")
     for name, layer in layers.items():
         check_layer(model, name, layer)
+        check_forward(model, name)
+    check_names(model, layers)
     heads = {name: _head(model, name, state) for name, state in lora.heads.items()}
+    _check_trainable(heads)
     sites = find_sites(model, lambda name, module: name in layers, allow_quantised=True)
     for site in sites:
         _check_one_update(site, layers)
@@ -128,7 +135,19 @@ def attach_lora(model: nn.Module, lora: LoraAdapter) -> Adapter:
         )
         for i, site in enumerate(sites)
     ]
-    return Adapter(model, config, groups, heads, trainable, lora.provenance.get("calibration"))
+    adapter = Adapter(model, config, groups, heads, trainable, lora.provenance.get("calibration"))
+    adapter.dropped = _without_rank(model, lora)
+    return adapter
+
+
+def _without_rank(model: nn.Module, lora: LoraAdapter) -> list[Site]:
+    """Layers that the adapter has at rank 0: saved padded, they come back as the zeros that some engines want."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return [
+        Site(name, ((name, modules[name]),), layer.in_features, layer.out_features)
+        for name, layer in lora.layers.items()
+        if not layer.rank and name in modules and (is_linear(modules[name]) or is_quantised_linear(modules[name]))
+    ]
 
 
 def _check_free(model: nn.Module) -> None:
@@ -138,10 +157,10 @@ def _check_free(model: nn.Module) -> None:
 
 
 def _check_backend(sites: list[Site], config: CobraConfig) -> None:
-    quantised = [site.name for site in sites if is_quantised_linear(site.module)]
-    if config.backend == "triton" and quantised:
+    held = [site.name for site in sites if is_quantised_linear(site.module)]
+    if config.backend == "triton" and held:
         raise ValueError(
-            f"{quantised[0]}: backend='triton' reads the weight itself, and {len(quantised)} target layers are quantised; "
+            f"{held[0]}: backend='triton' reads the weight itself, and {len(held)} target layers are quantised; "
             "set backend='auto', or target other layers"
         )
 
@@ -313,6 +332,18 @@ def _heads(model: nn.Module, config: CobraConfig, sites: list[Site]) -> dict[str
             raise ValueError(f"modules_to_save and target_modules both name {sorted(both)[0]!r}; leave it out of one")
         found |= matches
     return found
+
+
+def _check_trainable(heads: dict[str, nn.Module]) -> None:
+    """Raises ValueError for heads whose weights are quantised: transformers' quantises a classifier with the rest."""
+    for name, head in heads.items():
+        for part in head.modules():
+            if kept := quantised(part):
+                raise ValueError(
+                    f"modules_to_save: {name} is trained whole and its weight is {kept}, which has no gradient: keep it out of "
+                    f"the quantisation (llm_int8_skip_modules=[{name!r}] in bitsandbytes' config), or attach with "
+                    "modules_to_save=()"
+                )
 
 
 def _warn_of_tied_heads(model: nn.Module, heads: dict[str, nn.Module]) -> None:

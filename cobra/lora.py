@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cobra.sites import is_conv1d, is_quantised_linear
+from cobra.sites import is_conv1d, is_linear, is_quantised_linear
 
 if TYPE_CHECKING:
     from cobra.adapter import Adapter
@@ -131,7 +131,32 @@ def check_layer(model: nn.Module, name: str, layer: LoraLayer) -> None:
         )
 
 
-def combine(adapters: Sequence[tuple[LoraAdapter, float]]) -> LoraAdapter:
+def check_forward(model: nn.Module, name: str) -> None:
+    """Raises ValueError for a linear layer that an adapter cannot take the place of."""
+    module = model.get_submodule(name)
+    if not (is_linear(module) or is_quantised_linear(module)):
+        raise ValueError(
+            f"{name} is a {type(module).__name__}, which has a forward of its own or is read and never called: an adapter "
+            "cannot take the place of nn.Linear's there; use this adapter in peft, unmerged, or leave the layer out of it"
+        )
+
+
+def check_names(model: nn.Module, held: Container[str]) -> None:
+    """Raises ValueError for a module under several names of which the adapter holds some: peft adapts it under one."""
+    named: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        named.setdefault(id(module), []).append(name)
+    for names in named.values():
+        lacking = [name for name in names if name not in held]
+        if 0 < len(lacking) < len(names):
+            one = next(name for name in names if name in held)
+            raise ValueError(
+                f"{one} and {lacking[0]} are one module here, and the adapter holds an update for {one} alone: a module is "
+                "adapted under all of its names or none; use this adapter in peft, unmerged, or leave the layer out of it"
+            )
+
+
+def combine(adapters: Iterable[tuple[LoraAdapter, float]]) -> LoraAdapter:
     """Several adapters as one, ΔW = Σ weight · ΔW_i: ranks are put side by side, so that a merge of them all rounds once.
 
     adapters: (adapter, weight) pairs; a layer that some of them lack counts as 0 there. Dropout, task type and class are kept
@@ -139,6 +164,7 @@ def combine(adapters: Sequence[tuple[LoraAdapter, float]]) -> LoraAdapter:
 
     Raises ValueError for an empty list, layers of different shapes, and more than one adapter with heads.
     """
+    adapters = list(adapters)
     if not adapters:
         raise ValueError("no adapters to combine")
     heads = [adapter.heads for adapter, _ in adapters if adapter.heads]

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def to_lora(adapter: Adapter) -> LoraAdapter:
     """What `Adapter.to_lora` gives.
 
-    Raises ValueError for a module that has several names, which a checkpoint cannot say.
+    Raises ValueError for a module that has several names, which a checkpoint cannot say. Warns of adapted modules that peft
+    would take for heads.
     """
     layers: dict[str, LoraLayer] = {}
     for group in adapter.groups:
@@ -34,12 +35,13 @@ def to_lora(adapter: Adapter) -> LoraAdapter:
         layers |= {name: nothing for name, _ in site.modules}
     order = {name: i for i, (name, _) in enumerate(adapter.model.named_modules())}
     layers = dict(sorted(layers.items(), key=lambda item: order.get(item[0], len(order))))
+    heads = _heads_of_peft(adapter)
     origin, kind = adapter.origin or LoraAdapter({}), _class_of(adapter.model)
     architecture = _architecture(origin, kind)
     path = getattr(getattr(adapter.model, "config", None), "_name_or_path", None) or None
     return LoraAdapter(
         layers=layers,
-        heads={name: {k: distributed.whole(v) for k, v in head.state_dict().items()} for name, head in adapter.heads.items()},
+        heads={name: {k: distributed.whole(v) for k, v in head.state_dict().items()} for name, head in heads.items()},
         transposed=any(layer.transposed for group in adapter.groups for layer in group.all_layers),
         dropout=adapter.config.dropout,
         ambiguous=any(other.endswith(f".{name}") for other in order for name in layers),
@@ -56,6 +58,25 @@ def to_lora(adapter: Adapter) -> LoraAdapter:
             **({} if architecture is None else {ARCHITECTURE: architecture}),
         },
     )
+
+
+def _heads_of_peft(adapter: Adapter) -> dict[str, nn.Module]:
+    """The heads, and what peft takes for one too and wants from the file: modules whose names end as a head's does, even within
+    a word (pre_classifier beside classifier)."""
+    found, endings = dict(adapter.heads), tuple(adapter.heads)
+    for name, module in adapter.model.named_modules():
+        if not name.endswith(endings) or any(f"{name}.".startswith(f"{head}.") for head in found):
+            continue
+        if any(isinstance(part, CobraLinear) for part in module.modules()):
+            head = next(ending for ending in endings if name.endswith(ending))
+            warnings.warn(
+                f"{name} ends as {head} does, which trains whole: peft takes both for modules_to_save and cannot load the "
+                f"adapter of {name}; attach without {head} in modules_to_save or {name} in target_modules, or merge()",
+                stacklevel=4,
+            )
+        elif module.state_dict():
+            found[name] = module
+    return found
 
 
 def _class_of(model: nn.Module) -> type[nn.Module]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 import cobra
 from cobra import storage
+from cobra.lora import LoraAdapter, LoraLayer
 from cobra.plan import RankPlan
 
 LAYOUTS = pytest.mark.parametrize("layout", ["compact", "padded"])
@@ -179,6 +181,34 @@ def test_names_that_end_alike(ranks, tmp_path):
     adapter.save_pretrained(tmp_path / "a")
     for found, expected in zip(outputs(load_in_peft(build(), tmp_path / "a")), outputs(model), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("task", ["c++", "en|de", "question answering", "a/b", "f(x)", "[a]"])
+def test_names_that_are_no_plain_words(task, layout, tmp_path):
+    """Keys of patterns are regular expressions: with the name itself peft would get another rank, or an error."""
+
+    class Tasks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.tasks = nn.ModuleDict({task: nn.Linear(6, 6), "other": nn.Linear(6, 6)})
+
+        def forward(self, x):
+            return sum(part(x) for part in self.tasks.values())
+
+    def random(rank):
+        return LoraLayer(torch.randn(rank, 6), torch.randn(6, rank))
+
+    lora, model = LoraAdapter({f"tasks.{task}": random(2), "tasks.other": random(4)}), Tasks()
+    lora.save_pretrained(tmp_path / "a", layout)
+    again = cobra.load_adapter(tmp_path / "a")
+    assert again.ranks == lora.ranks
+    again.attach(model)
+    x = torch.ones(1, 6)
+    torch.testing.assert_close(load_in_peft(Tasks(), tmp_path / "a")(x), model.eval()(x))
+    table = (tmp_path / "a" / "README.md").read_text().split("## Ranks")[1].split("##")[0].strip().splitlines()
+    assert [len(re.findall(r"(?<!\\)\|", line)) for line in table] == [3] * 4
 
 
 def test_layers_that_share_a_weight(tmp_path):

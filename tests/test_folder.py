@@ -148,17 +148,24 @@ def test_truncated_files(size, tmp_path):
         "base_model.model.up.lora_A",
         "base_model.model.lora_A.weight",
         "base_model.model.../../etc.lora_A.weight",
-        "base_model.model.a/b.lora_A.weight",
-        "base_model.model.a\\b.lora_A.weight",
         "base_model.model.a..b.lora_A.weight",
-        "base_model.model.a b.lora_A.weight",
         "base_model.model.a\0b.lora_A.weight",
+        "base_model.model.a\nb.lora_A.weight",
+        "base_model.model.a\x1b[2Jb.lora_A.weight",
+        "base_model.model.a\x9b2Jb.lora_A.weight",
     ],
 )
 def test_keys_that_are_no_modules(key, tmp_path):
     with pytest.raises(FormatError, match=r"expected keys base_model\.model\.<module>\.lora_A\.weight, found") as raised:
         read_checkpoint(write(tmp_path / "a", tensors={key: torch.ones(2, 3), B: torch.ones(4, 2)}))
     assert repr(key) in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["c++", "en|de", "question answering", "a/b", "a\\b", "f(x)"])
+def test_names_that_torch_allows(name, tmp_path):
+    """Keys of an nn.ModuleDict, as a model of several tasks has them."""
+    tensors = {f"{PREFIX}tasks.{name}.lora_{x}.weight": t for x, t in (("A", torch.ones(2, 3)), ("B", torch.ones(4, 2)))}
+    assert read_checkpoint(write(tmp_path / "a", tensors=tensors)).modules.keys() == {f"tasks.{name}"}
 
 
 @pytest.mark.parametrize(

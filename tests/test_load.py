@@ -105,6 +105,8 @@ BAD = {
     "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), "truncated or foreign"),
     "no lora": (lambda f: rewrite(f, peft_type="IA3"), "peft_type is 'IA3', expected 'LORA'; peft.convert_to_lora"),
     "dora": (lambda f: rewrite(f, use_dora=True), "use_dora is set: DoRA is no plain low-rank update"),
+    "replicated": (lambda f: rewrite(f, layer_replication=[[0, 2]]), "layer_replication is set: replicated layers is no plain"),
+    "bdlora": (lambda f: rewrite(f, use_bdlora={"nblocks": 2}), "use_bdlora is set: BD-LoRA is no plain low-rank update"),
     "bias": (lambda f: rewrite(f, bias="all"), "bias='all' trains the base model's biases"),
     "rank": (lambda f: rewrite(f, r=5), r"expected rank 5, as r in adapter_config\.json says, found lora_A \(4, 32\)"),
     "nan": (lambda f: rewrite(f, {f"{Q}.lora_B.weight": torch.full((32, 4), float("nan"))}), "holds NaN or Inf"),

@@ -36,7 +36,7 @@ def test_back_on_the_base_model(build, batch):
     other.eval()
     torch.testing.assert_close(logits_of(other, batch), logits_of(model, batch), rtol=1e-5, atol=1e-6)
     assert again.trainable_parameters() == adapter.trainable_parameters() == adapter.to_lora().parameters
-    assert again.to_lora().ranks == {n: r for n, r in adapter.plan.ranks.items() if r}
+    assert again.to_lora().ranks == adapter.plan.ranks
 
 
 def test_a_copy_of_its_own():
@@ -178,6 +178,7 @@ def test_what_cannot_be_combined():
         combine([(with_head, 1.0), (with_head, 1.0)])
     with pytest.raises(ValueError, match="no adapters"):
         combine([])
+    assert combine(zip([with_head], [0.5], strict=True)).heads.keys() == {"classifier"}  # pairs of any kind
     other = LoraAdapter({name: LoraLayer(torch.zeros(1, 3), torch.zeros(5, 1)) for name in with_head.layers})
     with pytest.raises(ValueError, match=r"different base models, its features are 3 -> 5 and 32 -> 32"):
         combine([(with_head, 1.0), (other, 1.0)])
@@ -266,6 +267,46 @@ def test_adapters_of_another_model(lora, message):
     with pytest.raises(ValueError, match=message):
         lora.attach(model)
     assert state_of(model) == before
+
+
+class Halved(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def test_layers_with_a_forward_of_their_own():
+    """Not left out in silence: the adapter would lose their update."""
+    model = Small()
+    model.one = Halved(6, 4)
+    model.attention = nn.MultiheadAttention(6, 2)
+    before = state_of(model)
+    for name, kind, N in (("one", "Halved", 4), ("attention.out_proj", "NonDynamicallyQuantizableLinear", 6)):
+        lora = LoraAdapter({"two": layer(4, 6), name: layer(6, N)})
+        with pytest.raises(ValueError, match=f"{name} is a {kind}, which has a forward of its own or is read and never called"):
+            lora.attach(model)
+        assert state_of(model) == before
+
+
+@pytest.mark.parametrize("held", ["one", "again"])
+def test_one_of_two_names_of_a_module(held):
+    """As peft trains it, which adapts the first name only."""
+    model = Small()
+    model.again = model.one
+    before = state_of(model)
+    with pytest.raises(ValueError, match=f"{held} and .* are one module here, and the adapter holds .* {held} alone"):
+        LoraAdapter({held: layer()}).attach(model)
+    assert state_of(model) == before
+    LoraAdapter({"one": layer(), "again": layer()}).attach(model)
+
+
+def test_zero_layers_of_a_padded_adapter_stay(tmp_path):
+    """Some engines want all of a layer's projections: loaded, attached and saved again, none is lost."""
+    lora = LoraAdapter({"one": layer(), "two": LoraLayer(torch.ones(0, 4), torch.ones(6, 0))})
+    lora.save_pretrained(tmp_path / "0", "padded")
+    adapter = cobra.load_adapter(tmp_path / "0").attach(Small())
+    assert isinstance(adapter.model.one, cobra.CobraLinear) and type(adapter.model.two) is nn.Linear
+    adapter.save_pretrained(tmp_path / "1", "padded")
+    assert [cobra.load_adapter(tmp_path / str(i)).ranks for i in range(2)] == [{"one": 2, "two": 0}] * 2
 
 
 def test_quantised_layers_ask_for_a_choice():

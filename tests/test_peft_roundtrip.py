@@ -13,11 +13,13 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from models import logits_of, minilm, prose_batch, review_batch, smollm2, stir
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 import cobra
+from cobra.export.check import check_adapter
 from cobra.lora import LoraAdapter
 from cobra.sites import find_sites
 
@@ -223,3 +225,48 @@ def test_hotswap_of_compact_adapters(name, tmp_path):
     hotswap_adapter(model, tmp_path / "later", "default", torch_device="cpu")
     assert_matrices(model, later, "compact")
     assert torch.equal(logits_of(model, batch), logits_of(loaded(name, tmp_path / "later"), batch))
+
+
+def distilbert() -> nn.Module:
+    """Its head is a classifier behind a pre_classifier, which peft's rule of endings takes for one too."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 16}
+    return transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(**sizes)).eval()
+
+
+def test_heads_that_end_alike(tmp_path):
+    """peft's adapter loads here and ours loads there, and the check says so of both."""
+    batch = {"input_ids": torch.arange(14).view(2, 7)}
+    settings = {"r": 4, "target_modules": ["q_lin", "v_lin"], "init_lora_weights": False}
+    theirs = peft.get_peft_model(distilbert(), peft.LoraConfig(task_type="SEQ_CLS", **settings)).eval()
+    with torch.no_grad():
+        theirs.base_model.model.pre_classifier.modules_to_save["default"].weight.mul_(2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    lora, model = cobra.load_adapter(tmp_path / "theirs"), distilbert()
+    assert lora.heads.keys() == {"classifier", "pre_classifier"}
+    lora.attach(model)
+    assert_close("theirs, here", logits_of(model.eval(), batch), logits_of(theirs, batch))
+
+    model = distilbert()
+    config = cobra.CobraConfig(4, r_max=4, gate="open", target_modules=("q_lin", "v_lin"), modules_to_save=("classifier",))
+    adapter = cobra.attach(model, config)
+    with torch.no_grad():
+        for p in [*(group.layers[0][0].lora_B for group in adapter.groups), model.classifier.weight]:
+            p.normal_()
+    adapter.save_pretrained(tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = peft.PeftModel.from_pretrained(distilbert(), tmp_path / "ours").eval()
+    assert_close("ours, there", logits_of(loaded, batch), logits_of(model.eval(), batch))
+    for folder in ("theirs", "ours"):
+        assert not check_adapter(tmp_path / folder, ["peft"]).verdicts["peft"].findings
+
+
+def test_adapted_modules_that_peft_takes_for_heads(tmp_path):
+    """A layer whose name ends as the head's does: peft cannot load it, and both the export and the check say so."""
+    model = nn.ModuleDict({"multihead": nn.Linear(6, 6), "head": nn.Linear(6, 2)})
+    adapter = cobra.attach(model, cobra.CobraConfig(2, r_max=2, gate="open", modules_to_save=("head",)))
+    with pytest.warns(UserWarning, match="multihead ends as head does, .* cannot load the adapter of multihead"):
+        adapter.save_pretrained(tmp_path / "a")
+    assert cobra.load_adapter(tmp_path / "a").ranks == {"multihead": 2}
+    assert not check_adapter(tmp_path / "a", ["peft"]).ok

@@ -318,6 +318,18 @@ def test_peft_trains_the_ranks_of_a_plan(build):
     assert found == {name: (rank, 1.5) for name, rank in plan.ranks.items() if rank}
 
 
+def test_peft_leaves_rank_zero_alone():
+    """Where the name of a layer is the end of another one's, which a list of names would train too."""
+    from peft import get_peft_model
+
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.ModuleList([torch.nn.Linear(6, 6), torch.nn.Linear(6, 4)]))
+    ranks = {"0": 2, "1.0": 0, "1.1": 1}
+    sites = [SitePlan(name, (name,), 12, tuple(range(rank)), (0.5,) * 4) for name, rank in ranks.items()]
+    wrapped = get_peft_model(model, RankPlan(tuple(sites), "one", "").to_peft_config()).base_model.model
+    found = {name: module.r["default"] for name, module in wrapped.named_modules() if hasattr(module, "lora_A")}
+    assert found == {name: rank for name, rank in ranks.items() if rank}
+
+
 def test_peft_config_is_the_plans():
     with pytest.raises(ValueError, match="rank_pattern follows from the plan"):
         some_plan(vit()).to_peft_config(rank_pattern={})

@@ -192,6 +192,19 @@ def quantised_minilm(engine) -> nn.Module:
     return AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=2, quantization_config=engine())
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_head_is_refused():
+    """It would be trained whole, and its weight has no gradient; the model stays as it is, and without the head it attaches."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = Mlp()
+    quantize_(model, Int8WeightOnlyConfig())
+    config = cobra.CobraConfig(rank_budget=2, r_max=2, gate="mean", modules_to_save=("classifier",))
+    with pytest.raises(ValueError, match=r"modules_to_save: classifier is trained whole and its weight is Int8Tensor in a Lin"):
+        cobra.attach(model, config)
+    assert cobra.attach(model, dataclasses.replace(config, modules_to_save=())).groups
+
+
 @ENGINES
 @pytest.mark.filterwarnings("ignore")
 def test_a_quantised_base_is_calibrated_trained_and_saved(scores, engine, kind, tmp_path):

@@ -225,6 +225,68 @@ def test_adapters_that_cannot_share_a_batch():
     assert served.names == ("few",)
 
 
+class Experts(nn.Module):
+    """Two experts that tokens (rows, n) go to by turns, and a layer that sees whole rows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.out = nn.Embedding(8, 6), nn.Linear(6, 3)
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, ids):
+        flat = self.embedding(ids).flatten(0, 1)
+        chosen = ids.flatten() % 2
+        found = torch.zeros_like(flat)
+        for k, expert in enumerate(self.experts):
+            found[chosen == k] = expert(flat[chosen == k])
+        return self.out(found.view(*ids.shape, -1))
+
+
+@torch.no_grad()
+def test_experts_take_one_adapter_a_batch():
+    """Their tokens are of any rows, in any number: guessing would mix the rows up."""
+    torch.manual_seed(1)
+    adapters = {
+        key: LoraAdapter({name: LoraLayer(torch.randn(2, 6), torch.randn(N, 2)) for name, N in layers.items()})
+        for key, layers in {"a": {"experts.0": 6, "out": 3}, "b": {"experts.1": 6, "out": 3}, "c": {"out": 3}}.items()
+    }
+    model = Experts()
+    served = serve(model, adapters)
+    ids = torch.tensor([[0, 1, 2, 4], [1, 2, 3, 6]])  # 5 and 3 tokens, of 2 rows
+    for rows in (["a", "b"], ["a", None], [None, "a"], ["a", "c"]):
+        with pytest.raises(ValueError, match=r"experts\.0 belongs to an expert.* the rows use 2 adapters"), served.use(rows):
+            model(ids)
+    for rows in ("a", ["a", "a"], ["c", None], [None, "c"]):
+        for batch in (ids, ids // 2 * 2):  # the second expert has none of these
+            names = [rows] * 2 if isinstance(rows, str) else rows
+            with served.use(rows):
+                found = model(batch)
+            for i, name in enumerate(names):
+                other = Experts()
+                if name:
+                    adapters[name].attach(other)
+                torch.testing.assert_close(found[i], other(batch)[i])
+
+
+def test_layers_that_cannot_be_packed():
+    """The adapter would have no effect there; the model stays as it was."""
+
+    class Halved(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    lora = LoraAdapter({name: LoraLayer(torch.ones(1, 6), torch.ones(6, 1)) for name in ("0", "1")})
+    model = nn.Sequential(nn.Linear(6, 6), Halved(6, 6))
+    with pytest.raises(ValueError, match="1 is a Halved, which has a forward of its own"):
+        serve(model, {"a": lora})
+    twice = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    twice.append(twice[1])
+    with pytest.raises(ValueError, match="1 and 2 are one module here, and the adapter holds an update for 1 alone"):
+        serve(twice, {"a": lora})
+    assert [type(module) for module in (*model, *twice)] == [nn.Linear, Halved, *[nn.Linear] * 3]
+
+
 def test_batches_second_are_refused():
     """Rows are told apart by the first dimension; guessing would mix them up."""
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=False), 1)

@@ -7,6 +7,7 @@ The ranks of all adapters lie side by side in one pair of matrices a layer, Σ r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -16,9 +17,11 @@ from torch.nn import functional as F
 
 from cobra.layout import batch_second
 from cobra.linear import CobraLinear, leave_fast_path, nesting_encoders
-from cobra.lora import LoraAdapter, LoraLayer, check_layer
+from cobra.lora import LoraAdapter, LoraLayer, check_forward, check_layer, check_names
 from cobra.sites import find_sites, is_conv1d, linear_weight
 from cobra_kernels.packed_lora import Segments, packed_lora_, segment_tokens
+
+_IN_EXPERT = re.compile(r"(^|\.)experts?(_?\d+)?\.")  # as transformers' models name them; a shared expert gets whole rows
 
 
 class PackedLinear(nn.Linear):
@@ -27,11 +30,12 @@ class PackedLinear(nn.Linear):
     lora_A: (R, K), lora_B: (N, R), in the weight's dtype; ranks: of every adapter, in the order of `ServedAdapters.names`
     """
 
-    def __init__(self, linear: nn.Module, rows: Rows):
+    def __init__(self, name: str, linear: nn.Module, rows: Rows):
         nn.Module.__init__(self)  # nn.Linear's own would allocate a weight
         self.weight, self.bias, self.transposed = linear.weight, linear.bias, is_conv1d(linear)
         self.out_features, self.in_features = linear_weight(linear).shape
         self.rows, self.ranks = rows, ()
+        self.expert = name if _IN_EXPERT.search(name) else None
         leave_fast_path(self)
         self.register_buffer("lora_A", self.weight.new_empty(0, self.in_features), persistent=False)
         self.register_buffer("lora_B", self.weight.new_empty(0, self.out_features).t(), persistent=False)
@@ -53,7 +57,9 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (rows, ..., K) -> y (rows, ..., N)"""
         y = F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
-        tokens = self.rows.of_tokens(x)
+        if self.expert and not any(self.ranks[i] for i in self.rows.ids or () if i >= 0):
+            return y  # no row adapts it, so none need be told apart
+        tokens = self.rows.of_tokens(x, self.expert)
         if tokens is None or not sum(self.ranks):
             return y
         x, lora_A, lora_B = (t.to(y.dtype) for t in (x, self.lora_A, self.lora_B))  # autocast's, where it is on
@@ -74,22 +80,32 @@ class Rows:
     def set(self, ids: tuple[int, ...] | None) -> None:
         self.ids, self._of_tokens = ids, {}
 
-    def of_tokens(self, x: Tensor) -> Segments | None:
+    def of_tokens(self, x: Tensor, expert: str | None = None) -> Segments | None:
         """Which tokens of x (rows, ..., K) each adapter takes; None outside of `ServedAdapters.use`.
 
         x may have n times as many rows (beams, or rows and tokens in one dimension): each row's stand together.
+
+        expert: name of a layer that gets the tokens routed to it, whichever rows they are of
         """
         if self.ids is None:
             return None
-        rows, tokens = len(self.ids), x[..., 0].numel()
+        ids = self.ids
+        if expert is not None:
+            if len(set(ids)) > 1:
+                raise ValueError(
+                    f"{expert} belongs to an expert, which sees tokens of all rows mixed, and the rows use {len(set(ids))} "
+                    "adapters (None is one): use('name') for batches of one adapter, or serve adapters without experts' layers"
+                )
+            ids = ids[:1]  # tokens in any number
+        rows, tokens = len(ids), x[..., 0].numel()
         if x.ndim < 2 or x.shape[0] % rows:
             raise ValueError(
                 f"{rows} rows have adapters, and the layer got an input of shape {tuple(x.shape)}: name one for each row"
             )
         key = (tokens, x.device)
         if key not in self._of_tokens:
-            ids = torch.tensor(self.ids, device=x.device)
-            self._of_tokens[key] = segment_tokens(ids.repeat_interleave(tokens // rows))
+            of_rows = torch.tensor(ids, device=x.device)
+            self._of_tokens[key] = segment_tokens(of_rows.repeat_interleave(tokens // rows))
         return self._of_tokens[key]
 
 
@@ -114,7 +130,7 @@ class ServedAdapters:
         rows: one name for all rows, or a name or None for each
 
         Batches may have n times as many rows, as of beams: the first n take rows[0], and so on. Raises ValueError for unknown
-        names, and after `detach`; the layers raise it for batches of other sizes.
+        names, and after `detach`; the layers raise it for batches of other sizes, and those of experts for different adapters.
         """
         self._check_serving()
         chosen = [rows] if isinstance(rows, str) else list(rows)
@@ -129,8 +145,8 @@ class ServedAdapters:
             self._rows.set(before)
 
     def add(self, name: str, adapter: LoraAdapter) -> None:
-        """Raises ValueError for a name that is taken, heads, layers that are not packed here or have other shapes, and after
-        `detach`."""
+        """Raises ValueError for a name that is taken, heads, layers that are not packed here or have other shapes, modules of
+        which it holds one of several names, and after `detach`."""
         self._check_serving()
         if name in self.names:
             raise ValueError(f"an adapter {name!r} is served already; remove it first")
@@ -178,8 +194,9 @@ def serve(model: nn.Module, adapters: Mapping[str, LoraAdapter]) -> ServedAdapte
 
     Adapters added later must not have layers that none of these has.
 
-    Raises ValueError for no adapters, heads (rows cannot choose a head), layers the model lacks or has in another shape, an
-    adapter already attached, and attention that takes batches second.
+    Raises ValueError for no adapters, heads (rows cannot choose a head), layers the model lacks or has in another shape or with
+    a forward of their own, modules of which an adapter holds one of several names, an adapter already attached, and attention
+    that takes batches second.
     """
     if not adapters:
         raise ValueError("no adapters to serve")
@@ -192,12 +209,14 @@ def serve(model: nn.Module, adapters: Mapping[str, LoraAdapter]) -> ServedAdapte
     names = {name for adapter in adapters.values() for name, layer in adapter.layers.items() if layer.rank}
     for key, adapter in adapters.items():
         _check(model, key, adapter, names)
+    for name in names:
+        check_forward(model, name)
     rows, layers, modules = Rows(), {}, {}
     for site in find_sites(model, lambda name, module: name in names):
         packed: dict[int, PackedLinear] = {}
         for name, module in site.modules:
             if id(module) not in packed:
-                packed[id(module)] = layers[name] = PackedLinear(module, rows)
+                packed[id(module)] = layers[name] = PackedLinear(name, module, rows)
             modules[name] = module
             model.set_submodule(name, packed[id(module)])
     served = ServedAdapters(model, layers, modules, rows)
@@ -215,3 +234,4 @@ def _check(model: nn.Module, key: str, adapter: LoraAdapter, packed: Container[s
             raise ValueError(f"adapter {key!r} adapts {name}, which is not packed; serve it from the start")
         if layer.rank:
             check_layer(model, name, layer)
+    check_names(model, {name for name, layer in adapter.layers.items() if layer.rank})

@@ -75,7 +75,8 @@ def _range(ranks: list[int]) -> str:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
+    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in [header, ["---"] * len(header), *rows]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _front_matter(adapter: LoraAdapter) -> str:
@@ -195,7 +196,7 @@ def _serving(adapter: LoraAdapter, layout: str) -> str:
         elif judge(engine, _described(adapter, other)).ok:
             rows.append([f"{engine} ({verdict.version})", f"layout `{other}` only", command])
         else:
-            rows.append([f"{engine} ({verdict.version})", "no", verdict.findings[0].message.replace("|", "\\|")])
+            rows.append([f"{engine} ({verdict.version})", "no", verdict.findings[0].message])
     text = _table(["engine", "takes this file", "with"], rows)
     return f"## Serving\n\n{text}\n\nWhether an engine knows the base model is another matter. `cobra check FOLDER` says more."
 

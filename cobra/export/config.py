@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from cobra.export.peft import rank_pattern
@@ -46,10 +47,12 @@ def lora_fields(plan: RankPlan, scaling: float = 2.0) -> dict:
         raise ValueError("the plan keeps no rank: there is nothing to train")
     largest = max(ranks.values())
     pattern = rank_pattern(ranks, largest)
+    # a name in a list stands for all that end in it, layers of rank 0 too; an expression is for full names
+    caught = any(other.endswith(f".{name}") for other, rank in plan.ranks.items() if not rank for name in ranks)
     return {
         "r": largest,
         "lora_alpha": _whole(scaling * largest),
-        "target_modules": list(ranks),
+        "target_modules": "|".join(map(re.escape, ranks)) if caught else list(ranks),
         "rank_pattern": pattern,
         "alpha_pattern": {name: _whole(scaling * rank) for name, rank in pattern.items()},
     }

@@ -171,7 +171,9 @@ def _dropped(c: Checkpoint) -> list[str]:
 
 
 def _in_head(c: Checkpoint, name: str) -> bool:
-    return any(f".{head}." in f".{name}." for head in c.config.get("modules_to_save") or [])
+    """Or is one. To peft a name in modules_to_save is any ending of a module's, even within a word."""
+    heads = tuple(c.config.get("modules_to_save") or ())
+    return any(name[: end.start()].endswith(heads) for end in re.finditer(r"\.|$", name))
 
 
 def _peft_reads(c: Checkpoint, name: str) -> bool:

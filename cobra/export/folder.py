@@ -19,7 +19,8 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
-_NAME = re.compile(r"[^\s./\\\x00-\x1f]+(\.[^\s./\\\x00-\x1f]+)*")
+# torch takes any name without a dot for a module; they are shown, and never paths
+_NAME = re.compile(r"[^.\x00-\x1f\x7f-\x9f\u2028\u2029]+(\.[^.\x00-\x1f\x7f-\x9f\u2028\u2029]+)*")
 _MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<which>[AB])(?(embedding)|\.weight)")
 _MALFORMED = re.compile(r"(^|.*\.)lora_(embedding_)?[AB]($|\.(?!bias$))")
 

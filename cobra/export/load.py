@@ -19,6 +19,8 @@ NOT_PLAIN = {
     "lora_bias": "a bias in lora_B",
     "alora_invocation_tokens": "aLoRA",
     "use_qalora": "QALoRA",
+    "layer_replication": "replicated layers",
+    "use_bdlora": "BD-LoRA",
     "trainable_token_indices": "trained tokens",
 }
 
@@ -95,13 +97,14 @@ def _layer(folder: Path, name: str, checkpoint: Checkpoint, tensors: dict[str, T
 
 
 def _heads(path: Path, tensors: dict[str, Tensor], config: dict) -> dict[str, dict[str, Tensor]]:
-    """Tensors of modules trained whole, by module; the config's names are endings of full names."""
-    endings = config.get("modules_to_save") or []
+    """Tensors of modules trained whole, by module; the config's names are endings of full names, as in peft even within a
+    word."""
+    endings = tuple(config.get("modules_to_save") or ())
     heads: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parts = name.split(".")
         outer = [".".join(parts[:n]) for n in range(1, len(parts))]
-        module = next((m for m in outer if any(f".{m}".endswith(f".{ending}") for ending in endings)), None)
+        module = next((m for m in outer if m.endswith(endings)), None)
         if module is None:
             raise FormatError(
                 f"{path}: {name} is neither a LoRA matrix of a linear layer nor part of modules_to_save "

@@ -53,7 +53,12 @@ def rank_pattern(ranks: dict[str, int], largest: int) -> dict[str, int]:
     and a layer is listed too if a shorter name would catch it."""
     small = {name for name, rank in ranks.items() if rank != largest}
     listed = [name for name in ranks if name in small or any(name.endswith(f".{other}") for other in small)]
-    return {name: ranks[name] for name in sorted(listed, key=len, reverse=True)}
+    return {_as_pattern(name): ranks[name] for name in sorted(listed, key=len, reverse=True)}
+
+
+def _as_pattern(name: str) -> str:
+    """Keys are expressions. Dots match themselves and stay as they are, since some readers want plain names."""
+    return name if re.fullmatch(r"[\w.-]+", name) else re.escape(name)
 
 
 def _config(adapter: LoraAdapter, layout: str) -> dict:
