@@ -65,6 +65,14 @@ def test_changes_together_do_not_move_the_reference():
     assert "gate: concrete → open" in [e.changed for e in found]
 
 
+def test_of_equal_ones_the_reference_has_the_fewest_settings():
+    """As in a study of LoRA's alpha, where a rate of its own goes with each."""
+    parts = (((("scaling", 4.0),), 0.001), ((), 0.002), ((("scaling", 1.0),), 0.004))
+    rows = [row("lora", "hyper", 2, 0, "ablation", 0.8, lr=lr, settings=settings) for settings, lr in parts]
+    found = [e.changed for e in effects(rows, "ablation")]
+    assert found == ["", "lr: 0.002 → 0.001; scaling: default → 4", "lr: 0.002 → 0.004; scaling: default → 1"]
+
+
 def test_of_two_rates_the_first_is_the_references():
     """Half of the settings are at one rate, half at the other: the study began with the form at its own."""
     start = {"init": "uniform"}

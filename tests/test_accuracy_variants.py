@@ -80,7 +80,9 @@ def scores() -> cobra.LayerScores:
 
 @pytest.mark.filterwarnings("ignore:the path integral misses")
 @pytest.mark.parametrize(
-    "change", [{"drawn": "example", "row_scale": 3.0}, {"gate": "open", "rounds": 3}, {"gate": "hard_concrete"}], ids=str
+    "change",
+    [{"drawn": "example", "row_scale": 3.0}, {"gate": "open", "rounds": 3}, {"gate": "hard_concrete", "objective": "count"}],
+    ids=str,
 )
 def test_variants_of_the_form_end_at_its_budget(change):
     recipe = tiny("cobra", rank=8, settings=tuple({**COBRA, **change}.items()))

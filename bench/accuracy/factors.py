@@ -42,8 +42,8 @@ def effects(rows: Sequence[dict], phase: str = "factor") -> list[Effect]:
     """For every place, kind of task and method of an ablation the reference, then its changes, best first.
 
     The reference is the form itself (`bench.accuracy.forms`), of several rates at that of the first row, which is the search's
-    as a study begins with it; or where there is none the configuration from which the others differ in the fewest fields. It
-    too must be of the phase.
+    as a study begins with it; or where there is none the configuration from which the others differ in the fewest fields, of
+    equal ones that with the fewest settings. It too must be of the phase.
     """
     studies, failed = _studies(rows, phase)
     found = []
@@ -101,8 +101,9 @@ def _reference(configs: dict[str, dict]) -> str:
     if forms := [text for text in configs if _form(read[text])]:
         return forms[0]
 
-    def distance(text: str) -> tuple[int, int, str]:
-        return sum(len(differing(read[text], other)) for other in read.values()), -len(configs[text]), text
+    def distance(text: str) -> tuple[int, int, int, str]:
+        differences = sum(len(differing(read[text], other)) for other in read.values())
+        return differences, -len(configs[text]), len(read[text]["settings"]), text
 
     return min(configs, key=distance)
 

@@ -67,6 +67,7 @@ REGRESSION_PARTS = (
     {"init": "uniform", "row_scale": LONG_ROWS},
     {"row_scale": SHORT_ROWS},
     {"gate": "open", "r_max_multiple": 1, "init": "uniform", "row_scale": LONG_ROWS},
+    {"open_probability": 0.5},
 )
 SINGULAR_PARTS = (
     {},
@@ -169,6 +170,9 @@ WIDE_PARTS = (
     {"gate": "hard_concrete"},
     {"drawn": "example"},
     {"gate": "open", "rounds": 8},
+    {"fold": "mean"},
+    {"open_probability": 0.5, "scaling": 4.0},  # the scale of open gates, as the mean gate halves it
+    {"objective": "count"},
 )
 # what a study is relative to, by the name of the form
 REFERENCES = {

@@ -193,7 +193,8 @@ def _cobra(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None) -
     options = recipe.options
     sites = [s for s in find_sites(model) if scores is None or s.name not in scores.unused]
     amount = budget_parameters(sites, recipe.average_rank)
-    budget = cobra.Budget(amount, "parameters", minimum=options.pop("minimum", 0))
+    worth, least = options.pop("objective", "mass"), options.pop("minimum", 0)
+    budget = cobra.Budget(amount, "parameters", minimum=least, objective=worth)
     if recipe.method in ("uniform", "random", "plan"):
         return _fixed(recipe, model, scores, budget)
     if recipe.method == "paper":

@@ -26,8 +26,10 @@ GLUE = ("sst2", "cola", "mrpc", "rte")
 GRADED = ("stsb", "fiqa")
 SHORT = {"steps": 50}
 LONG = {"steps": 600}
-SAME_TIME = {"steps": 332}  # what plain LoRA does in the time of COBRA's 200 at rank 2, calibration included
+# what plain LoRA does in the time of 200 steps of these at rank 2, calibration included
+SAME_TIME = {"cobra": {"steps": 332}, "cobra+quick": {"steps": 228}}
 FEW = {"examples": 500}
+MORE = {"examples": 4000}
 NOISY = {"noise": 0.3}
 LARGER = {"model": "mpnet"}
 LONGER = {"max_length": 128}
@@ -79,9 +81,10 @@ SEARCHES = (
         {"cobra": RATES[1:], "lora": RATES[1:], "singular": RATES[1:4], "adalora": (*RATES[1:], 1.6e-2)},
         seeds=SEARCH_SEEDS,
     ),
-    Search(SEARCH_TASKS, 2, SHORT, {"cobra+third": RATES[1:4]}, seeds=SEARCH_SEEDS),
+    Search(SEARCH_TASKS, 2, SHORT, {"cobra+third": RATES[1:]}, seeds=SEARCH_SEEDS),
     Search(SEARCH_TASKS, 2, {}, dict.fromkeys(VARIANTS, RATES[1:])),
-    Search(REGRESSIONS, 2, SAME_TIME, {"lora": RATES[2:]}),
+    *(Search(REGRESSIONS, 2, steps, {"lora": RATES[2:]}) for steps in SAME_TIME.values()),
+    Search(GRADED[:1], 2, MORE, dict.fromkeys(PEERS[:2], RATES[1:]) | {"cobra+third": RATES[2:]}),
     Search(REGRESSIONS[:1], 2, LONG, {"lora": RATES[2:], "cobra": RATES[1:]}),
     Search(
         LANGUAGE[:1],
