@@ -301,12 +301,12 @@ def _starts(sites: list[Site], config: CobraConfig, scores: LayerScores | None) 
 
 
 @torch.no_grad()
-def _start_from(layer: CobraLinear, directions: torch.Tensor) -> None:
-    """lora_A's rows along the directions, at the length that rows of the uniform initialisation have; rows without a
-    direction stay as drawn."""
+def _start_from(layer: CobraLinear, directions: torch.Tensor, scale: float) -> None:
+    """lora_A's rows along the directions, at `scale` times the length that drawn rows have; rows without a direction stay as
+    drawn."""
     rows = directions[: layer.rank].to(layer.lora_A)
     norms = rows.norm(dim=1, keepdim=True)
-    unit = rows / norms.clamp(min=torch.finfo(rows.dtype).tiny) * ROW_NORM
+    unit = rows / norms.clamp(min=torch.finfo(rows.dtype).tiny) * scale * ROW_NORM
     layer.lora_A[: len(rows)] = torch.where(norms > 0, unit, layer.lora_A[: len(rows)])
 
 
@@ -383,7 +383,7 @@ def _attach_group(
         first.straight_through, first.backend = config.gate == "straight_through", config.backend
         first.stretch = HARD_STRETCH if config.gate == "hard_concrete" else None
         if site.name in starts:
-            _start_from(first, starts[site.name])
+            _start_from(first, starts[site.name], config.init_scale)
         if layers:
             first.lora_gate = layers[0][0].lora_gate
         layers.append(_replace(model, site, first))

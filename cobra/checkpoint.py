@@ -152,7 +152,8 @@ def _check_same_run(adapter: Adapter, path: Path | str, meta: dict) -> None:
         )
     ours = json.loads(json.dumps(adapter.config.to_dict()))
     # another backend computes the same, but for the last bits; how lora_A was drawn is past, its values are in the file
-    del ours["backend"], ours["share_inputs"], ours["init"]
+    for past in ("backend", "share_inputs", "init", "init_scale"):
+        del ours[past]
     saved = {"basis": "gates", **meta["config"]}  # what older files do not say
     if (ours["gate"], saved["basis"]) == ("open", "gates"):  # of which nothing is trained: ours decides at the cut
         del ours["basis"]

@@ -4,7 +4,7 @@ import pytest
 from accuracy_rows import row
 
 from bench.accuracy.factors import effects, row_lengths
-from bench.accuracy.forms import COBRA
+from bench.accuracy.forms import LONG_COBRA
 
 
 def study(seeds=3, tasks=("hyper", "topics")) -> list[dict]:
@@ -59,9 +59,9 @@ def test_changes_together_do_not_move_the_reference():
     """Here most settings have another gate and another start, and the form itself is the reference all the same."""
     gate, start = {"gate": "open"}, {"init": "uniform"}
     parts = [{}, gate, gate | start, gate | start | {"cut": 0.1}, gate | start | {"r_max_multiple": 1}]
-    rows = [row("cobra", "hyper", 2, 0, "ablation", 0.8, settings=tuple((COBRA | part).items())) for part in parts]
+    rows = [row("cobra", "hyper", 2, 0, "ablation", 0.8, settings=tuple((LONG_COBRA | part).items())) for part in parts]
     found = effects(rows, "ablation")
-    assert {e.form for e in found} == {"cobra"} and found[0].changed == ""
+    assert {e.form for e in found} == {"cobra+long"} and found[0].changed == ""
     assert "gate: concrete → open" in [e.changed for e in found]
 
 
@@ -77,7 +77,7 @@ def test_of_two_rates_the_first_is_the_references():
     """Half of the settings are at one rate, half at the other: the study began with the form at its own."""
     start = {"init": "uniform"}
     tried = [({}, 0.004), (start, 0.004), ({}, 0.002), (start, 0.002), ({"cut": 0.1}, 0.002)]
-    rows = [row("cobra", "hyper", 2, 0, "ablation", 0.8, lr=lr, settings=tuple((COBRA | p).items())) for p, lr in tried]
+    rows = [row("cobra", "hyper", 2, 0, "ablation", 0.8, lr=lr, settings=tuple((LONG_COBRA | p).items())) for p, lr in tried]
     found = effects(rows, "ablation")
     assert found[0].changed == "" and "lr: 0.004 → 0.002" in [e.changed for e in found]
 
@@ -87,7 +87,7 @@ def test_rows_of_another_length_are_beside_the_same_settings():
     uniform, long = {"init": "uniform"}, {"row_scale": 3.0}
     tried = [({}, 0.8), (uniform, 0.6), (uniform | long, 0.7), (long, 0.85), ({"cut": 0.1} | long, 0.9)]
     rows = [
-        row("cobra", "hyper", 2, seed, "ablation", level, settings=tuple((COBRA | part).items()))
+        row("cobra", "hyper", 2, seed, "ablation", level, settings=tuple((LONG_COBRA | part).items()))
         for part, level in tried
         for seed in range(2)
     ]

@@ -40,7 +40,7 @@ def test_a_sweep_changes_settings_the_calibration_or_the_rate(monkeypatch):
     """From COBRA's form on regressions, at the rate of its search; what a calibration measures is no setting of the adapter."""
     monkeypatch.setattr(grid, "read_rows", searched)
     swept = [recipe for recipe in grid.factor() if recipe.task in grid.REGRESSIONS]
-    reference = next(recipe for recipe in swept if recipe.options == grid.COBRA)
+    reference = next(recipe for recipe in swept if recipe.options == grid.LONG_COBRA)
     assert {recipe.estimator for recipe in swept} == {"paper", "conductance", "direct"}
     assert {recipe.path_points for recipe in swept} == {2, reference.path_points}
     assert not any(set(recipe.options) & {*grid.CALIBRATION, "lr"} for recipe in swept)
@@ -60,7 +60,7 @@ def test_methods_are_tested_alike(finals):
     for method, found in cells.items():
         assert found <= cells["lora"], method
     longer = {conditions["steps"] for conditions in SAME_TIME.values()}
-    assert cells["cobra"] == {cell for cell in cells["lora"] if cell[3][0] not in longer}
+    assert cells["cobra+long"] == {cell for cell in cells["lora"] if cell[3][0] not in longer}
     usual = [(200, 2000, 0.0, 64), (50, 2000, 0.0, 64), (60, 1000, 0.0, 128)]
     everywhere = {cell for cell in cells["lora"] if cell[0] != "mpnet" and cell[2] in (2, 8) and cell[3] in usual}
     assert cells["adalora"] == everywhere
@@ -68,11 +68,15 @@ def test_methods_are_tested_alike(finals):
 
 def test_a_method_without_a_finished_search_is_not_tested(monkeypatch):
     found = searched()
-    last = next(row for row in reversed(found) if row["method"] == "cobra" and row["kind"] == "regression")
+    last = next(row for row in reversed(found) if row["method"] == "cobra+long" and row["kind"] == "regression")
     monkeypatch.setattr(grid, "read_rows", lambda: [row for row in found if row is not last])
     left = {(kind_of(recipe.task), recipe.method, recipe.model) for recipe in grid.final()}
-    assert ("regression", "cobra", last["model"]) not in left
-    assert {("classification", "cobra", "minilm"), ("regression", "lora", "mpnet"), ("language", "cobra", "smollm2")} <= left
+    assert ("regression", "cobra+long", last["model"]) not in left
+    assert {
+        ("classification", "cobra", "minilm"),
+        ("regression", "lora", "mpnet"),
+        ("language", "cobra+long", "smollm2"),
+    } <= left
 
 
 @pytest.fixture

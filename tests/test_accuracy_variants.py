@@ -8,7 +8,7 @@ from accuracy_models import encoded, started, tiny
 from models import Mlp, attached, layers_of, stir
 
 import cobra
-from bench.accuracy.forms import COBRA
+from bench.accuracy.forms import LONG_COBRA
 from bench.accuracy.methods import attach, budget_parameters
 from bench.accuracy.run import _train
 from bench.accuracy.variants import Growth, draw_per_example, scale_rows
@@ -85,7 +85,7 @@ def scores() -> cobra.LayerScores:
     ids=str,
 )
 def test_variants_of_the_form_end_at_its_budget(change):
-    recipe = tiny("cobra", rank=8, settings=tuple({**COBRA, **change}.items()))
+    recipe = tiny("cobra", rank=8, settings=tuple({**LONG_COBRA, **change}.items()))
     found = attach(recipe, started(), scores(), list)
     losses = _train(found, encoded(), recipe)
     assert torch.tensor(losses).isfinite().all()

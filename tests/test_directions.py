@@ -123,15 +123,16 @@ def test_directions_survive_the_file_and_are_checked(tmp_path):
         cobra.LayerScores.load(tmp_path / "scores.safetensors")
 
 
-def test_adapters_start_along_the_directions():
-    """lora_A spans the gradient's leading input directions, at the length its rows always have."""
+@pytest.mark.parametrize("given, scale", [({}, 1 / 3), ({"init_scale": 1.0}, 1.0), ({"init_scale": 0.5}, 0.5)], ids=str)
+def test_adapters_start_along_the_directions(given, scale):
+    """lora_A spans the gradient's leading input directions, by default at a third of the length that drawn rows have."""
     model = vit()
     scores = scored(model, [image_batch()])
-    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=12, r_max=4, gate="open", init="gradient"), scores)
+    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=12, r_max=4, gate="open", init="gradient", **given), scores)
     for group, layer in zip(adapter.groups, layers_of(adapter), strict=True):
         rows = scores.directions[group.sites[0].name]
         torch.testing.assert_close(
-            layer.lora_A.detach() * 3**0.5, torch.nn.functional.normalize(rows, dim=1), atol=1e-5, rtol=0
+            layer.lora_A.detach() * 3**0.5 / scale, torch.nn.functional.normalize(rows, dim=1), atol=1e-5, rtol=0
         )
 
 
@@ -149,7 +150,7 @@ def test_by_default_rows_start_along_the_directions_that_the_scores_keep(directi
         assert torch.equal(rows[directions:], drawn["uniform"][name][directions:])
         if directions:
             along = torch.nn.functional.normalize(scores.directions[name], dim=1)
-            torch.testing.assert_close(rows[:directions] * 3**0.5, along, atol=1e-5, rtol=0)
+            torch.testing.assert_close(rows[:directions] * 3**1.5, along, atol=1e-5, rtol=0)
 
 
 def test_every_rank_has_its_own_prior():

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bench.accuracy.forms import FORMS
 from bench.accuracy.metrics import unpack_per_example
 from bench.accuracy.recipe import TEXTS, Recipe
 
@@ -19,9 +20,8 @@ BASELINE = "lora"
 CONDITIONS = ("examples", "noise", "steps", "batch_size", "max_length")
 ORDER = (
     "lora", "rslora", "loraplus", "dora", "eva", "adalora", "uniform", "random", "plan", "singular", "paper", "cobra",
-    "cobra+quick", "cobra+singular", "cobra+third", "full",
+    "cobra+quick", "cobra+long", "cobra+long+quick", "cobra+singular", "full",
 )  # fmt: skip
-FORMS = ("cobra", "cobra+quick", "cobra+singular", "cobra+third")
 
 
 class Place(NamedTuple):

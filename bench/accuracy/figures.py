@@ -36,9 +36,10 @@ STYLES = {
     "singular": ("#2e86c1", "v", "-."),
     "paper": ("#2e86c1", "s", ":"),
     "cobra": ("#2e86c1", "o", "-"),
-    "cobra+singular": ("#2e86c1", "^", "--"),
     "cobra+quick": ("#2e86c1", "D", ":"),
-    "cobra+third": ("#2e86c1", "X", "-."),
+    "cobra+long": ("#2e86c1", "X", "-."),
+    "cobra+long+quick": ("#1b4f72", "X", ":"),
+    "cobra+singular": ("#2e86c1", "^", "--"),
     "full": ("#7f868e", "X", ":"),
 }
 OTHER = ("#c2558f", "X", "-")

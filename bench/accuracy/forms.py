@@ -17,7 +17,9 @@ PAPER = {
     "r_max_multiple": 2,
     "cut": 1.0,
 }
-COBRA = {
+# rows of lora_A along the calibration's gradient are as long as uniform ones here, and a third of that in COBRA's form: inputs
+# vary about three times as much along them (`bench.accuracy.starts`)
+LONG_COBRA = {
     **PAPER,
     "prior_scale": "log",
     "gamma": 1.0,
@@ -28,26 +30,29 @@ COBRA = {
 }
 # ranks from a wide search without gates or calibration: what the singular directions alone decide
 SINGULAR = {"gate": "open", "init": "uniform", "basis": "singular", "r_max_multiple": 8, "cut": 0.4, "scores": False}
-JOINT = {**COBRA, "basis": "singular"}  # gates, and a cut that ranks what they leave of every direction
-# inputs vary about three times as much along the calibration's gradient as along a uniform row (`bench.accuracy.starts`)
+JOINT = {**LONG_COBRA, "basis": "singular"}  # gates, and a cut that ranks what they leave of every direction
 LONG_ROWS, SHORT_ROWS = 3.0, 1 / 3
-THIRD = {**COBRA, "row_scale": SHORT_ROWS}
-UNSAID = {"basis": "gates"}  # what COBRA's forms have where they do not say it
+COBRA = {**LONG_COBRA, "row_scale": SHORT_ROWS}
+UNSAID = {"basis": "gates", "init_scale": 1.0}  # what COBRA's forms have where they do not say it
+FORMS = ("cobra", "cobra+quick", "cobra+long", "cobra+long+quick", "cobra+singular")
 SETTINGS = {
     "paper": PAPER,
-    "cobra": COBRA,
+    "cobra+long": LONG_COBRA,
     "singular": SINGULAR,
     "cobra+singular": JOINT,
-    "cobra+third": THIRD,
+    "cobra": COBRA,
+    "cobra+long+quick": LONG_COBRA,
     "cobra+quick": COBRA,
 }
-MEASURED = {"cobra+quick": {"calibration_examples": 16}}  # fields of a recipe that belong to the method
+# fields of a recipe that belong to the method
+MEASURED = {"cobra+long+quick": {"calibration_examples": 16}, "cobra+quick": {"calibration_examples": 16}}
 TIGHT = 2 / 9  # the parameters of rank 1 on the layers below, over those of rank 1 on all linear layers of MiniLM
 # at an average rank below 1 LoRA has to choose layers: its usual choice, at rank 1
 FEW_LAYERS = {
     "lora": {"layers": "query,value"},
-    "cobra": {**COBRA, "minimum": 0, "r_max_multiple": 18},
+    "cobra+long": {**LONG_COBRA, "minimum": 0, "r_max_multiple": 18},
     "cobra+singular": {**JOINT, "minimum": 0, "r_max_multiple": 18},
+    "cobra": {**JOINT, "minimum": 0, "r_max_multiple": 18, "row_scale": SHORT_ROWS},  # basis="auto" below rank 1
     "random": {"r_max_multiple": 18},
     "singular": {**SINGULAR, "r_max_multiple": 18},
 }
@@ -176,7 +181,7 @@ WIDE_PARTS = (
 )
 # what a study is relative to, by the name of the form
 REFERENCES = {
-    "cobra": (COBRA, FEW_LAYERS["cobra"]),
+    "cobra+long": (LONG_COBRA, FEW_LAYERS["cobra+long"]),
     "published": (PAPER,),
     "singular": (SINGULAR,),
 }

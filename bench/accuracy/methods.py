@@ -1,10 +1,10 @@
 """The methods, each as: what is trained, what every step adds, and what remains at the end.
 
 peft     lora, rslora, dora, loraplus, adalora, eva
-COBRA    cobra (cut by gates; whatever the recipe's settings say), paper (the published form), plan (ranks from the scores
-         alone, then plain LoRA), singular (ranks cut in the singular basis), cobra+singular (the same with gates),
-         cobra+third (cobra whose lora_A starts at a third of its length), cobra+quick (with a quarter of the calibration),
-         uniform and random (the same training without scores)
+COBRA    cobra (cut by gates; whatever the recipe's settings say), cobra+quick (with a quarter of the calibration), cobra+long
+         and cobra+long+quick (with longer rows of lora_A), cobra+singular (with those, cut in the singular basis), paper (the
+         published form), singular (a cut in the singular basis without gates), plan (ranks from the scores alone, then plain
+         LoRA), uniform and random (the same training without scores)
 full     every weight of the same linear layers: no peer at an equal budget, but a sign of what rank could bring
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import cobra
-from bench.accuracy.forms import UNSAID
+from bench.accuracy.forms import FORMS, UNSAID
 from bench.accuracy.recipe import Recipe
 from bench.accuracy.variants import Growth, draw_per_example, scale_rows
 from cobra.config import PRESETS
@@ -29,7 +29,7 @@ from cobra.sites import Site, find_sites
 SCALING = 2.0
 HEAD = "classifier"
 PEFT = ("lora", "rslora", "dora", "loraplus", "adalora", "eva")
-COBRA = ("cobra", "paper", "singular", "cobra+singular", "cobra+third", "cobra+quick", "plan", "uniform", "random")
+COBRA = (*FORMS, "paper", "singular", "plan", "uniform", "random")
 FULL = "full"
 METHODS = (*PEFT, *COBRA, FULL)
 CUT = 0.4  # of the steps, after which the gates are cut where a recipe does not say

@@ -13,7 +13,7 @@ from bench.accuracy.statistics import Choice, select_best
 from bench.accuracy.tasks import kind_of
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-PEERS = ("lora", "cobra", "adalora")
+PEERS = ("lora", "cobra+long", "adalora")
 VARIANTS = ("rslora", "dora", "eva")
 SEARCH_SEEDS = (100, 101, 102)  # of no final run
 SEARCH_SEED = SEARCH_SEEDS[0]
@@ -26,8 +26,9 @@ GLUE = ("sst2", "cola", "mrpc", "rte")
 GRADED = ("stsb", "fiqa")
 SHORT = {"steps": 50}
 LONG = {"steps": 600}
-# what plain LoRA does in the time of 200 steps of these at rank 2, calibration included
-SAME_TIME = {"cobra": {"steps": 332}, "cobra+quick": {"steps": 228}}
+# what plain LoRA does in the time of 200 steps of COBRA at rank 2, with the whole calibration or a quarter of it
+WHOLE, QUARTER = {"steps": 332}, {"steps": 228}
+SAME_TIME = {"cobra+long": WHOLE, "cobra+long+quick": QUARTER, "cobra": WHOLE, "cobra+quick": QUARTER}
 FEW = {"examples": 500}
 MORE = {"examples": 4000}
 NOISY = {"noise": 0.3}
@@ -47,11 +48,13 @@ class Search(NamedTuple):
 
 
 SEARCHES = (
-    Search(SEARCH_TASKS, 2, {}, {"lora": RATES, "cobra": RATES, "adalora": (*RATES, 1.6e-2), "paper": RATES}),
-    Search(REGRESSIONS[:1], 2, {}, {"lora": (*RATES[1:], 1.6e-2), "cobra": RATES[1:], "adalora": (*RATES[1:], 1.6e-2, 3.2e-2)}),
+    Search(SEARCH_TASKS, 2, {}, {"lora": RATES, "cobra+long": RATES, "adalora": (*RATES, 1.6e-2), "paper": RATES}),
+    Search(
+        REGRESSIONS[:1], 2, {}, {"lora": (*RATES[1:], 1.6e-2), "cobra+long": RATES[1:], "adalora": (*RATES[1:], 1.6e-2, 3.2e-2)}
+    ),
     # rank 8 has a search of its own: the best rates of rank 2 are too high there
-    Search(REGRESSIONS[:1], 8, {}, {"lora": RATES[1:], "cobra": RATES[1:], "adalora": (*RATES[1:], 1.6e-2, 3.2e-2)}),
-    Search(SEARCH_TASKS, 8, {}, {"lora": RATES[1:4], "cobra": RATES[:4], "adalora": (*RATES[1:], 1.6e-2)}),
+    Search(REGRESSIONS[:1], 8, {}, {"lora": RATES[1:], "cobra+long": RATES[1:], "adalora": (*RATES[1:], 1.6e-2, 3.2e-2)}),
+    Search(SEARCH_TASKS, 8, {}, {"lora": RATES[1:4], "cobra+long": RATES[:4], "adalora": (*RATES[1:], 1.6e-2)}),
     Search(SEARCH_TASKS, 2, {}, {"full": (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4)}),
     Search(SEARCH_TASKS, 2, {}, {"singular": RATES[1:4]}),
     Search(REGRESSIONS[:1], 2, {}, {"singular": RATES[1:]}),
@@ -68,7 +71,7 @@ SEARCHES = (
         REGRESSIONS,
         8,
         {},
-        {"lora": RATES[1:], "cobra": RATES[1:4], "singular": RATES[:3], "adalora": (*RATES[3:], 1.6e-2, 3.2e-2)},
+        {"lora": RATES[1:], "cobra+long": RATES[1:4], "singular": RATES[:3], "adalora": (*RATES[3:], 1.6e-2, 3.2e-2)},
         seeds=SEARCH_SEEDS,
     ),
     # LoRA+: of lora_A, that of lora_B is 16 times as high
@@ -78,14 +81,23 @@ SEARCHES = (
         SEARCH_TASKS,
         2,
         SHORT,
-        {"cobra": RATES[1:], "lora": RATES[1:], "singular": RATES[1:4], "adalora": (*RATES[1:], 1.6e-2)},
+        {"cobra+long": RATES[1:], "lora": RATES[1:], "singular": RATES[1:4], "adalora": (*RATES[1:], 1.6e-2)},
         seeds=SEARCH_SEEDS,
     ),
-    Search(SEARCH_TASKS, 2, SHORT, {"cobra+third": RATES[1:]}, seeds=SEARCH_SEEDS),
+    Search(SEARCH_TASKS, 2, SHORT, {"cobra": RATES[1:]}, seeds=SEARCH_SEEDS),
+    Search(REGRESSIONS, 2, {}, {"cobra": (*RATES[2:], 1.6e-2)}, seeds=SEARCH_SEEDS),
+    Search(SEARCH_TASKS, 2, {}, {"cobra": RATES[1:]}),
+    Search(REGRESSIONS, 8, {}, {"cobra": RATES[1:]}, seeds=SEARCH_SEEDS),
+    Search(SEARCH_TASKS, 8, {}, {"cobra": RATES[1:]}),
+    Search(REGRESSIONS[:1], 2, FEW, {"cobra": (*RATES[2:], 1.6e-2)}),
+    Search(SEARCH_TASKS, 2, FEW, {"cobra": RATES[1:]}),
+    Search(SEARCH_TASKS, 2, NOISY, {"cobra": (2.5e-4, *RATES[:4])}),
+    Search(LANGUAGE[:1], 2, {}, {"cobra": (*RATES[3:], 1.6e-2)}),
     Search(SEARCH_TASKS, 2, {}, dict.fromkeys(VARIANTS, RATES[1:])),
-    *(Search(REGRESSIONS, 2, steps, {"lora": RATES[2:]}) for steps in SAME_TIME.values()),
-    Search(GRADED[:1], 2, MORE, dict.fromkeys(PEERS[:2], RATES[1:]) | {"cobra+third": RATES[2:]}),
-    Search(REGRESSIONS[:1], 2, LONG, {"lora": RATES[2:], "cobra": RATES[1:]}),
+    Search(REGRESSIONS, 2, WHOLE, {"lora": RATES[2:]}),
+    Search(REGRESSIONS, 2, QUARTER, {"lora": RATES[2:]}),
+    Search(GRADED[:1], 2, MORE, dict.fromkeys(PEERS[:2], RATES[1:]) | {"cobra": RATES[2:]}),
+    Search(REGRESSIONS[:1], 2, LONG, {"lora": RATES[2:], "cobra+long": RATES[1:]}),
     Search(
         LANGUAGE[:1],
         2,
@@ -96,13 +108,19 @@ SEARCHES = (
         SEARCH_TASKS,
         TIGHT,
         {},
-        {"cobra": RATES[1:], "lora": (*RATES[2:], 1.6e-2), "singular": RATES[1:4], "cobra+singular": RATES[2:]},
+        {
+            "cobra+long": RATES[1:],
+            "lora": (*RATES[2:], 1.6e-2),
+            "singular": RATES[1:4],
+            "cobra+singular": RATES[2:],
+            "cobra": (*RATES[2:], 1.6e-2),
+        },
     ),
-    Search(LONG_TEXTS[:1], 2, LONGER, {"lora": RATES[2:], "cobra": RATES[1:]}),
-    Search(SEARCH_TASKS, 2, FEW, {"lora": RATES[1:4], "cobra": RATES[1:]}),
-    Search(REGRESSIONS[:1], 2, FEW, {"lora": (*RATES[2:], 1.6e-2), "cobra": RATES[2:], "singular": RATES[1:]}),
-    Search(SEARCH_TASKS, 2, NOISY, {"lora": (6.25e-5, 1.25e-4, 2.5e-4, *RATES[:4]), "cobra": (1.25e-4, 2.5e-4, *RATES)}),
-    Search(SEARCH_TASKS, 32, {}, {"lora": RATES[:4], "cobra": (2.5e-4, *RATES[:3])}),
+    Search(LONG_TEXTS[:1], 2, LONGER, {"lora": RATES[2:], "cobra+long": RATES[1:]}),
+    Search(SEARCH_TASKS, 2, FEW, {"lora": RATES[1:4], "cobra+long": RATES[1:]}),
+    Search(REGRESSIONS[:1], 2, FEW, {"lora": (*RATES[2:], 1.6e-2), "cobra+long": RATES[2:], "singular": RATES[1:]}),
+    Search(SEARCH_TASKS, 2, NOISY, {"lora": (6.25e-5, 1.25e-4, 2.5e-4, *RATES[:4]), "cobra+long": (1.25e-4, 2.5e-4, *RATES)}),
+    Search(SEARCH_TASKS, 32, {}, {"lora": RATES[:4], "cobra+long": (2.5e-4, *RATES[:3])}),
     Search(REGRESSIONS[:1], 32, {}, dict.fromkeys(PEERS[:2], RATES[:4])),
     Search(REGRESSIONS[:1], 2, LARGER, dict.fromkeys(PEERS[:2], RATES[1:])),
 )
