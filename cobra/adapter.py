@@ -16,7 +16,7 @@ from cobra.config import CobraConfig
 from cobra.cut import check_fits, warn_of_an_early_cut
 from cobra.deploy.cost import WORKSPACE
 from cobra.group import Group
-from cobra.linear import CobraLinear, adapters_of, nesting_encoders
+from cobra.linear import CobraLinear, adapters_of, hand_back_hooks, nesting_encoders, share_hooks
 from cobra.lora import LoraAdapter, LoraLayer
 from cobra.merge import Merge, MergeReport, check_merge_options, merge_layers, merge_layers_in_place, probe_outputs
 from cobra.plan import RankPlan
@@ -56,7 +56,6 @@ class Adapter:
         self.dropped: list[Site] = []
         self._merged: Merge | None = None
         self._detached = False
-        self._mode_at_merge = model.training
         self._at_cut: StillParameters | None = None
         self._statistics = {name: tensor.clone() for name, tensor in running_statistics(model, heads).items()}
         self._steps_since_change = 0  # of the set of parameters
@@ -239,7 +238,8 @@ class Adapter:
                 removed.append(group.gate)
             for base, layers in zip(group.sites, group.layers, strict=True):
                 if site.kept:
-                    shrink.shrink_layers(layers, site, plan.fold, optimizers)
+                    with torch.inference_mode(False):  # parameters made in it could not be trained
+                        shrink.shrink_layers(layers, site, plan.fold, optimizers)
                 else:
                     removed += [layers[0].lora_A, layers[0].lora_B]
                     dropped.append(base)
@@ -306,7 +306,9 @@ class Adapter:
         merged = merge_layers(layers, tolerance, above, workspace) if reversible else merge_layers_in_place(layers, workspace)
         self._restore(merged.sites)
         self._set_nested_tensors(not merged.kept)
-        self._merged, self._mode_at_merge = merged, self.model.training
+        self._merged = merged
+        if reversible:
+            self._carry_modes()
         moved = None if before is None else (probe_outputs(self.model, probe) - before).abs().max().item()
         return MergeReport(merged.reports, moved)
 
@@ -319,20 +321,28 @@ class Adapter:
         if foreign:
             raise ValueError(f"{foreign[0]} is not the module that was merged: another adapter is attached; detach() it first")
         self._merged.undo()
-        merged = set(map(id, self._merged.sites))
-        for group in self.groups:
-            for site, layers in zip(group.sites, group.layers, strict=True):
-                if id(site) in merged:
-                    self._put_back(site, layers)
+        for site, layers in self._merged_layers():
+            self._put_back(site, layers)
         self._set_nested_tensors(False)
         self._merged = None
+
+    def _merged_layers(self) -> list[tuple[Site, list[CobraLinear]]]:
+        merged = set(map(id, self._merged.sites))
+        pairs = (pair for group in self.groups for pair in zip(group.sites, group.layers, strict=True))
+        return [(site, layers) for site, layers in pairs if id(site) in merged]
+
+    def _carry_modes(self) -> None:
+        """The merged modules have their layers' modes, so that `unmerge` tells whether the model's was set meanwhile."""
+        for site, layers in self._merged_layers():
+            for module, layer in zip(site.distinct_modules, layers, strict=True):
+                module.training = layer.training
 
     def _put_back(self, site: Site, layers: list[CobraLinear]) -> None:
         by_module = dict(zip(map(id, site.distinct_modules), layers, strict=True))
         for name, module in site.modules:
             layer = by_module[id(module)]
-            if self.model.training != self._mode_at_merge:
-                layer.train(self.model.training)
+            layer.training = module.training
+            share_hooks(layer, module)
             self.model.set_submodule(name, layer)
 
     def detach(self) -> None:
@@ -371,6 +381,7 @@ class Adapter:
             if module.training != training:
                 module.train(training)
             path, _, leaf = name.rpartition(".")
+            hand_back_hooks(getattr(parents[path], leaf), module)
             setattr(parents[path], leaf, module)
 
     # files

@@ -13,7 +13,7 @@ from cobra.adapter import Adapter
 from cobra.budget import Budget, allocate
 from cobra.config import CobraConfig
 from cobra.group import Group, cost_of_rank
-from cobra.linear import HARD_STRETCH, CobraLinear
+from cobra.linear import HARD_STRETCH, CobraLinear, share_hooks
 from cobra.lora import LoraAdapter, LoraLayer, check_forward, check_layer, check_names
 from cobra.prior import fuse, prior_logits
 from cobra.scores import LayerScores
@@ -32,11 +32,12 @@ from cobra.sites import (
 )
 
 
+@torch.inference_mode(False)  # parameters made in it could not be trained
 def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = None) -> Adapter:
     """Puts a CobraLinear in the place of every target layer, freezes the rest, and returns the handle to train it.
 
-    The model's outputs do not change until lora_B moves. Every CobraLinear starts in training mode, whatever the mode of the
-    model (which stays); `model.eval()` and `model.train()` switch them as usual.
+    The model's outputs do not change until lora_B moves; hooks on the layers go on running. Every CobraLinear starts in
+    training mode, whatever the mode of the model (which stays); `model.eval()` and `model.train()` switch them as usual.
 
     scores: of this very model; None gives every group the same prior. Layers that the calibration did not see used get no
         adapter.
@@ -65,7 +66,7 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
         warnings.warn(
             f"rank_budget={budget.amount} is the total over {len(members)} {of}s; {budget.amount} a {of} would be "
             f"{budget.amount * len(members)}. Where fewer than one a {of} is meant, cobra.Budget({budget.amount}) says so",
-            stacklevel=2,
+            stacklevel=3,  # the decorator's frame is between
         )
     priors = _priors(members, ranks, config, scores)
     starts = _starts(sites, config, scores)
@@ -88,6 +89,7 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
     return Adapter(model, config, groups, heads, trainable, _calibration(scores, config))
 
 
+@torch.inference_mode(False)  # as in attach
 def attach_lora(model: nn.Module, lora: LoraAdapter) -> Adapter:
     """Puts an adapter's matrices on its base model, all gates open and the scale 1 (it is in lora_B); heads are loaded.
 
@@ -356,7 +358,7 @@ def _warn_of_tied_heads(model: nn.Module, heads: dict[str, nn.Module]) -> None:
             warnings.warn(
                 f"modules_to_save: {tied[0]} shares a weight with {name}, which is trained with it here and stays as in the "
                 f"base where peft loads the saved adapter: name both of them, or leave {tied[0]} out",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
@@ -396,6 +398,7 @@ def _replace(model: nn.Module, site: Site, first: CobraLinear, training: bool = 
     for name, module in site.modules:
         if id(module) not in adapted:
             adapted[id(module)] = CobraLinear.sharing(module, first)
+        share_hooks(adapted[id(module)], module)
         adapted[id(module)].training = training  # of this module alone: a quantised layer within keeps its own
         model.set_submodule(name, adapted[id(module)])
     return list(adapted.values())

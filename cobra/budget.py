@@ -131,7 +131,13 @@ class Allocation:
         return f"{self.spent:,} of {self.amount:,} {self.unit}{why}{proof}"
 
 
-def allocate(names: Sequence[str], values: Sequence[Values], costs: Sequence[int], budget: Budget) -> Allocation:
+def allocate(
+    names: Sequence[str],
+    values: Sequence[Values],
+    costs: Sequence[int],
+    budget: Budget,
+    finer: Sequence[Values] | None = None,
+) -> Allocation:
     """The gates that are kept: of all selections within the budget one that is worth most.
 
     Within a group the best gates are kept, in a tie the j-th best of all groups together. Equal gates are taken one index at a
@@ -141,6 +147,7 @@ def allocate(names: Sequence[str], values: Sequence[Values], costs: Sequence[int
     names: of the G groups
     values: per group, (r,) finite, >= 0, in any order
     costs: per group, what one rank costs in the budget's unit
+    finer: per group, (r,) any numbers: of gates of one value those with the larger ones come first, instead of in turn
 
     Raises ValueError for a budget above the capacity or below the minima, limits that exclude each other, names and patterns
     that no group has, and values that are not finite and >= 0.
@@ -159,7 +166,8 @@ def allocate(names: Sequence[str], values: Sequence[Values], costs: Sequence[int
 
     group = np.repeat(np.arange(len(sizes)), sizes)
     index = np.arange(len(flat)) - (np.cumsum(sizes) - sizes)[group]
-    best = _sorted(group, _ranked(flat))  # group after group, the best first, equal ones by index
+    late = np.zeros_like(flat) if finer is None else _behind(flat, -np.concatenate([np.zeros(0), *map(np.asarray, finer)]))
+    best = _sorted(group, _ranked(flat, late))  # group after group, the best first, equal ones by index
 
     # every tie's steps side by side; `index` counts places now, since `best` stays within its groups
     owner, first = np.repeat(np.arange(len(high)), high), np.cumsum(high) - high
@@ -176,7 +184,9 @@ def allocate(names: Sequence[str], values: Sequence[Values], costs: Sequence[int
         position[slot[alone]] = index[best][used][alone]
 
     order = np.flatnonzero(number >= low[owner])
-    order = order[_sorted(_ranked(density[order]), position[order])]
+    late = _means(late[best][used], weight[group][used], slot, len(owner))
+    order = order[_sorted(_ranked(density[order], late[order]), position[order])]
+    position = position + (int(position.max(initial=0)) + 1) * _behind(density, late)  # of one worth, finer values go first
     kinds = np.unique(step_cost[high > low])
     kind = np.searchsorted(kinds, step_cost)[owner[order]]
     taken, optimal = _select(density[order], kind, position[order], kinds, budget.amount - needed)
@@ -300,7 +310,7 @@ def _means(value: Array, weight: Array, slot: Array, slots: int) -> Array:
 
     value, weight, slot: (n,); no slot is empty
     """
-    least, largest = np.full(slots, np.inf), np.zeros(slots)
+    least, largest = np.full(slots, np.inf), np.full(slots, -np.inf)
     np.minimum.at(least, slot, value)
     np.maximum.at(largest, slot, value)
     total = np.bincount(slot, weights=value * weight, minlength=slots)
@@ -308,12 +318,22 @@ def _means(value: Array, weight: Array, slot: Array, slots: int) -> Array:
     return np.clip(mean, least, largest)  # a mean is within them but for its rounding
 
 
-def _ranked(x: Array) -> Array:
-    """(n,) 0 for the largest value, 1 for the next, …; equal values have equal numbers."""
-    order = np.argsort(-x)
-    ranked = np.empty(len(x), np.int64)
-    ranked[order] = np.cumsum(np.diff(x[order], prepend=x[order[:1]]) != 0)
+def _ranked(x: Array, late: Array) -> Array:
+    """(n,) 0 for the largest value, 1 for the next, …, of equal values for the least late; equal pairs have equal numbers."""
+    order = np.lexsort((late, -x)) if late.any() else np.argsort(-x)  # which is faster
+    ranked = np.zeros(len(x), np.int64)
+    ranked[order[1:]] = np.cumsum((x[order[1:]] != x[order[:-1]]) | (late[order[1:]] != late[order[:-1]]))
     return ranked
+
+
+def _behind(x: Array, late: Array) -> Array:
+    """(n,) 0 for the least late of those with equal x, 1 for the next, …"""
+    if not late.any():
+        return np.zeros(len(x), np.int64)
+    ranked, value = _ranked(x, late), _ranked(x, np.zeros_like(x))
+    first = np.full(len(x), len(x))
+    np.minimum.at(first, value, ranked)
+    return ranked - first[value]
 
 
 def _sorted(major: Array, minor: Array) -> Array:

@@ -71,8 +71,9 @@ class CobraConfig:
     open_probability: of every gate where the prior is at its mean
     init: rows of lora_A "uniform" (kaiming), or along the leading directions of the calibration's "gradient"; "auto" is along
         as many directions as the scores keep
-    init_scale: length of rows along such directions, where 1 is that of uniform rows. Inputs vary about three times as much
-        along them (docs/evidence.md), so at a third lora_B moves the output as fast as in LoRA, whose learning rate then fits
+    init_scale: length of rows along such directions, where 1 is that of uniform rows. None, which `attach` replaces, is a third
+        where gates are ranked: inputs vary about three times as much along them, so that lora_B moves the output as fast as in
+        LoRA; and 1 with basis="singular", whose cut gives rows that length (docs/evidence.md has what was measured)
     beta, kl, kl_reduction: the KL term; "bernoulli" is the closed form, "concrete" a one-sample estimate
     temperature, anneal: first and last temperature of the relaxation, and the way between
     gate: "concrete" (noise once per optimizer step), "hard_concrete" (the same, stretched to (-0.1, 1.1) and cut to [0, 1], as
@@ -105,7 +106,7 @@ class CobraConfig:
     prior_level: str = "group"
     open_probability: float = 0.9
     init: str = "auto"
-    init_scale: float = 1 / 3
+    init_scale: float | None = None
     beta: float = 0.01
     kl: str = "bernoulli"
     kl_reduction: str = "sum"
@@ -139,7 +140,7 @@ class CobraConfig:
             )
         _require(_is_int(self.r_max) and 1 <= self.r_max <= 1024, f"r_max={self.r_max!r}", "an integer from 1 to 1024")
         _require(_is_int(self.seed) and 0 <= self.seed < 2**64, f"seed={self.seed!r}", "an integer from 0 to 2**64 - 1")
-        for name in ("gamma", "init_scale", "open_probability", "beta", "gate_lr_scale", "lora_B_lr_scale", "dropout"):
+        for name in ("gamma", "open_probability", "beta", "gate_lr_scale", "lora_B_lr_scale", "dropout"):
             _require(_is_finite(getattr(self, name)), f"{name}={getattr(self, name)!r}", "a finite number")
         _require(0 <= self.dropout < 1, f"dropout={self.dropout!r}", "at least 0 and below 1")
         if self.backend == "triton" and self.dropout:
@@ -147,11 +148,12 @@ class CobraConfig:
                 f"backend='triton' has one input for layer and branch, and dropout={self.dropout} makes two; "
                 "set dropout=0, or backend='auto'"
             )
-        positive = _is_finite(self.alpha) and self.alpha > 0
-        _require(self.alpha is None or positive, f"alpha={self.alpha!r}", "a number greater than 0, or None")
+        for name in ("alpha", "init_scale"):
+            value = getattr(self, name)
+            positive = _is_finite(value) and value > 0
+            _require(value is None or positive, f"{name}={value!r}", "a number greater than 0, or None")
         _require(self.beta >= 0, f"beta={self.beta!r}", "at least 0")
         _require(self.gate_lr_scale >= 0, f"gate_lr_scale={self.gate_lr_scale!r}", "at least 0")
-        _require(self.init_scale > 0, f"init_scale={self.init_scale!r}", "greater than 0")
         _require(self.lora_B_lr_scale > 0, f"lora_B_lr_scale={self.lora_B_lr_scale!r}", "greater than 0")
         _require(0 < self.open_probability < 1, f"open_probability={self.open_probability!r}", "between 0 and 1")
         pair = isinstance(self.temperature, tuple) and len(self.temperature) == 2 and all(map(_is_finite, self.temperature))
@@ -207,12 +209,11 @@ class CobraConfig:
         return 2.0 if self.alpha is None else self.alpha / max(1.0, average_rank)
 
     def resolved(self, average_rank: float, *, cut: bool) -> CobraConfig:
-        """With the basis that "auto" stands for, for the average rank of the budget; cut: whether it is below the ranks of
-        the search."""
-        if self.basis != "auto":
-            return self
-        singular = average_rank < 1 or (cut and self.gate == "open")
-        return dataclasses.replace(self, basis="singular" if singular else "gates")
+        """With the basis that "auto" stands for, for the average rank of the budget, and the `init_scale` of None; cut: whether
+        it is below the ranks of the search."""
+        singular = self.basis == "singular" or (self.basis == "auto" and (average_rank < 1 or (cut and self.gate == "open")))
+        scale = self.init_scale or (1.0 if singular else 1 / 3)
+        return dataclasses.replace(self, basis="singular" if singular else "gates", init_scale=scale)
 
     def to_dict(self) -> dict:
         """Plain values for JSON; a callable `target_modules` is named, not stored."""

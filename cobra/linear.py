@@ -22,11 +22,36 @@ if TYPE_CHECKING:
 
 
 HARD_STRETCH = (-0.1, 1.1)  # of hard-concrete gates (Louizos et al. 2018)
+HOOKS = (  # where nn.Module keeps those that a call runs
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
 
 
 def leave_fast_path(layer: nn.Module) -> None:
     """nn.TransformerEncoderLayer's fast path reads weights and calls no module, unless one of them has a hook."""
     layer.register_forward_pre_hook(_no_change)
+
+
+def share_hooks(layer: CobraLinear, module: nn.Module) -> None:
+    """The layer runs the hooks of the module that it takes the place of; one added to or removed from either is so of both."""
+    for name in HOOKS:
+        setattr(layer, name, getattr(module, name))
+    layer._is_full_backward_hook = module._is_full_backward_hook
+    leave_fast_path(layer)
+
+
+def hand_back_hooks(layer: nn.Module, module: nn.Module) -> None:
+    """The module that takes its place back from the layer keeps their hooks, and the fast path."""
+    if isinstance(layer, CobraLinear):
+        module._is_full_backward_hook = layer._is_full_backward_hook
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _no_change]:
+        del module._forward_pre_hooks[key]
 
 
 def nesting_encoders(model: nn.Module) -> list[nn.TransformerEncoder]:
@@ -231,7 +256,7 @@ class CobraLinear(nn.Linear):
         if self.quantised_base is None:
             return F.linear(x, self.linear_weight, self.bias)
         self.quantised_base.weight, self.quantised_base.bias = self.weight, self.bias  # where the model was moved since
-        return self.quantised_base(x)
+        return self.quantised_base.forward(x)  # no call: this layer runs its hooks
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"adapter": None}  # a copied or pickled layer leaves the handle, and with it the model, behind

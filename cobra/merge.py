@@ -14,12 +14,15 @@ from torch.utils._pytree import tree_leaves
 
 from cobra.batch import Batch, model_device
 from cobra.deploy.cost import WORKSPACE, MergeSchedule, SiteShape, merge_schedule
+from cobra.distributed import check_whole
 from cobra.lora import LoraLayer
 from cobra.notebook import folded_table
-from cobra.sites import Site, fingerprint, is_conv1d, linear_weight, quantised
+from cobra.sites import Site, is_conv1d, is_quantised_linear, linear_weight, quantised
 from cobra_kernels.merge_lora import MergeItem, merge_lora_group
 
 ABOVE = ("raise", "keep")
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+CPU_CHUNK, GPU_CHUNK = 2**17, 2**22  # lanes of a checksum at a time: within a CPU's cache, in few launches of a GPU
 
 
 @dataclass(frozen=True)
@@ -91,25 +94,27 @@ class Merge:
     """Merged layers and the way back: the original storage, or a copy of it where something else looks at it too; None where
     the weights were merged in place.
 
-    written: fingerprint of the merged weights
+    written: checksum of each merged weight
     """
 
     sites: tuple[Site, ...]
     originals: tuple[Tensor, ...] | None
     reports: tuple[SiteReport, ...]
     kept: bool
-    written: str
+    written: tuple[int | None, ...]
 
     def undo(self) -> None:
-        """Raises ValueError where the weights were merged in place, and where they are not as this merge left them."""
+        """Raises ValueError where the weights were merged in place, are sharded since, or not as this merge left them. In
+        another dtype they cannot be, and are not looked at."""
         if self.originals is None:
             raise ValueError("merged in place (reversible=False), the base weights are gone: load the base model again")
-        cast = any(site.module.weight.dtype != w.dtype for site, w in zip(self.sites, self.originals, strict=True))
-        if not cast and fingerprint(list(self.sites)) != self.written:
-            raise ValueError(
-                "the weights are not those that this merge wrote, and what was changed since would be lost: unmerge() the "
-                "adapter first that was merged after this one"
-            )
+        check_whole({f"{site.name}.weight": site.module.weight for site in self.sites}, "unmerge()")
+        for site, original, written in zip(self.sites, self.originals, self.written, strict=True):
+            if site.module.weight.dtype == original.dtype and checksum(site.module) != written:
+                raise ValueError(
+                    f"{site.name}: the weights are not those that this merge wrote, and what was changed since would be lost: "
+                    "unmerge() the adapter first that was merged after this one, or keep the model as it is, merged"
+                )
         for site, original in zip(self.sites, self.originals, strict=True):
             _set_weight(site.module.weight, original)
 
@@ -130,9 +135,13 @@ def merge_layers(
     """Writes W + ΔW into the modules of the sites, all of them or, where one raises, none.
 
     workspace: bytes for the sums of one launch, as in `plan_deployment`
+
+    Raises ValueError, before anything is merged, for weights that share memory and cannot be taken out of it.
     """
     items = _items(work)
-    weights, statistics = _merge_in_chunks(items, [torch.empty_like(item.weight) for item in items], workspace)
+    merged = [torch.empty_like(item.weight) for item in items]
+    _require_apart([i for (site, _), i, new in zip(work, items, merged, strict=True) if not _leaves(site.module, new)])
+    weights, statistics = _merge_in_chunks(items, merged, workspace)
     reports = [_report(item, sums, tolerance) for item, sums in zip(items, statistics.tolist(), strict=True)]
     lossy = [(report, item.weight.dtype) for report, item in zip(reports, items, strict=True) if not report.merged]
     if lossy and above == "raise":
@@ -144,8 +153,9 @@ def merge_layers(
         )
     done = [i for i, report in enumerate(reports) if report.merged]
     originals = tuple(_replace_weight(work[i][0].module, weights[i]) for i in done)
-    sites = [work[i][0] for i in done]
-    return Merge(tuple(sites), originals, tuple(reports), kept=bool(lossy), written=fingerprint(sites))
+    sites = tuple(work[i][0] for i in done)
+    written = tuple(checksum(site.module) for site in sites)
+    return Merge(sites, originals, tuple(reports), kept=bool(lossy), written=written)
 
 
 @torch.no_grad()
@@ -162,7 +172,7 @@ def merge_layers_in_place(work: Sequence[tuple[Site, LoraLayer]], workspace: int
         reports = [_report(item, sums, None) for item, sums in zip(items, statistics.tolist(), strict=True)]
     except Exception as error:
         raise ValueError(f"{error}; weights may be merged in place by now: load the base model again") from error
-    return Merge(tuple(site for site, _ in work), None, tuple(reports), kept=False, written="")
+    return Merge(tuple(site for site, _ in work), None, tuple(reports), kept=False, written=())
 
 
 def _items(work: Sequence[tuple[Site, LoraLayer]]) -> list[MergeItem]:
@@ -261,12 +271,60 @@ def _report(item: MergeItem, sums: list[float], tolerance: float | None) -> Site
     return SiteReport(item.name, item.lora_A.shape[0], delta, weight, share, tolerance is None or share <= tolerance)
 
 
+def checksum(module: nn.Module) -> int | None:
+    """Σ u_i v_j lane_ij of the weight's bits, modulo 2**64, on every device the same; None of a quantised weight, as no merge
+    writes it.
+
+    u and v are odd, so that no single lane can change unseen.
+    """
+    if is_quantised_linear(module):
+        return None
+    weight = module.weight.detach()
+    N, L = len(weight), _lanes(weight[:0]).shape[1]
+    u, v = _odd_numbers(N + L, weight.device).split([N, L])
+    rows = max(1, (CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // max(L, 1))
+    parts = [(_mixed(_lanes(part), v).sum(1) * by).sum() for part, by in zip(weight.split(rows), u.split(rows), strict=True)]
+    return torch.stack(parts).sum().item()
+
+
+def _lanes(rows: Tensor) -> Tensor:
+    """(n, L) int64: the bits of 8 bytes at a time, or of one element where rows are not as wide."""
+    (n, K), size = rows.shape, rows.element_size()
+    if K * size % 8:
+        return rows.view(INTEGERS[size]).long()
+    flat = rows.contiguous().view(-1)
+    if flat.data_ptr() % 8 or flat.storage_offset() * size % 8:
+        flat = flat.clone()
+    return flat.view(torch.int64).view(n, K * size // 8)
+
+
+def _mixed(lanes: Tensor, factors: Tensor) -> Tensor:
+    """Their products, of lanes whose signs are in lower bits too: two signs changed would add 2 × 2**63, which is 0."""
+    mixed = lanes >> 32
+    mixed &= 0xFFFFFFFF
+    mixed ^= lanes
+    mixed *= factors
+    return mixed
+
+
+def _odd_numbers(n: int, device: torch.device) -> Tensor:
+    """(n,) int64 without a pattern, the same on every device."""
+    x = torch.arange(1, n + 1, device=device) * -7046029254386353131  # the steps of splitmix64
+    x = (x ^ (x >> 30)) * -4658895280553007687
+    return (x ^ (x >> 27)) | 1
+
+
 def _replace_weight(module: nn.Module, merged: Tensor) -> Tensor:
     """The old weight; no copy where its storage can be exchanged."""
     merged = merged.t() if is_conv1d(module) else merged
     original = module.weight.data if _exchangeable(module.weight, merged) else module.weight.data.clone()
     _set_weight(module.weight, merged)
     return original
+
+
+def _leaves(module: nn.Module, merged: Tensor) -> bool:
+    """Whether the merged weight takes the place of the old one and leaves its memory alone."""
+    return _exchangeable(module.weight, merged.t() if is_conv1d(module) else merged)
 
 
 def _set_weight(weight: nn.Parameter, value: Tensor) -> None:

@@ -16,7 +16,7 @@ from cobra.distributed import sharded
 from cobra.shrink import optimizer_name
 
 # the keys under which JSON has what it does not know
-PAIRS, NUMBER, DTYPE, SHAPE, COUNTER = "pairs", "number", "dtype", "shape", "counter"
+MARKERS = PAIRS, NUMBER, DTYPE, SHAPE, COUNTER = "pairs", "number", "dtype", "shape", "counter"
 REMEDY = "save without the optimizer, or take another one"
 
 
@@ -63,7 +63,7 @@ def _form(value: object, tensors: dict[str, Tensor], what: str, prefix: str) -> 
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):
-        return {"dict": {key: _form(item, tensors, what, prefix) for key, item in value.items()}}
+        return {"dict": [[encoded(key, what, REMEDY), _form(item, tensors, what, prefix)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
         return {"list": [_form(item, tensors, what, prefix) for item in value]}
     return {"value": encoded(value, what, REMEDY)}
@@ -77,7 +77,8 @@ def _formed(form: dict, tensors: dict[str, Tensor], path: Path | str) -> object:
     if "tensor" in form:
         return tensors[form["tensor"]]
     if "dict" in form:
-        return {key: _formed(item, tensors, path) for key, item in form["dict"].items()}
+        pairs = form["dict"].items() if isinstance(form["dict"], dict) else form["dict"]  # older files have no pairs
+        return {_key(key): _formed(item, tensors, path) for key, item in pairs}
     if "list" in form:
         return [_formed(item, tensors, path) for item in form["list"]]
     return decoded(form["value"])
@@ -95,7 +96,8 @@ def _tensor_class(module: str, name: str, path: Path | str) -> type[Tensor]:
 
 def from_parts(path: Path | str, tensors: dict[str, Tensor], meta: dict, place: int = 0) -> dict:
     """A state dict of what `to_parts` gave. Raises ValueError for tensors of classes that nothing here has imported."""
-    state: dict[int, dict] = {int(index): dict(values) for index, values in decoded(meta["scalars"]).items()}
+    scalars = meta["scalars"].items()
+    state = {int(index): {key: decoded(value) for key, value in values.items()} for index, values in scalars}
     for name, tensor in tensors.items():
         if name.startswith(_prefix(place)):
             _, index, key = name.split(".", 2)
@@ -106,11 +108,12 @@ def from_parts(path: Path | str, tensors: dict[str, Tensor], meta: dict, place: 
 
 
 def encoded(value: object, what: str, remedy: str = "use plain numbers (lr=1e-3)") -> object:
-    """The value for JSON; dictionaries with other keys than strings become lists of pairs, tensors of one number say so."""
+    """The value for JSON; dictionaries with other keys than strings, or a marker's alone, become lists of pairs, tensors of
+    one number say so."""
     if isinstance(value, Counter):  # milestones of schedulers
         return {COUNTER: [[key, number] for key, number in value.items()]}
-    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
-        return {PAIRS: [[key, encoded(item, what, remedy)] for key, item in value.items()]}
+    if isinstance(value, dict) and (not all(isinstance(key, str) for key in value) or [*value] in [[m] for m in MARKERS]):
+        return {PAIRS: [[encoded(key, what, remedy), encoded(item, what, remedy)] for key, item in value.items()]}
     if isinstance(value, dict):
         return {key: encoded(item, f"{what} field {key!r}", remedy) for key, item in value.items()}
     if isinstance(value, torch.Size):
@@ -128,7 +131,7 @@ def encoded(value: object, what: str, remedy: str = "use plain numbers (lr=1e-3)
 
 def decoded(value: object) -> object:
     if isinstance(value, dict) and value.keys() == {PAIRS}:
-        return {key: decoded(item) for key, item in value[PAIRS]}
+        return {_key(key): decoded(item) for key, item in value[PAIRS]}
     if isinstance(value, dict) and value.keys() == {COUNTER}:
         return Counter(dict(value[COUNTER]))
     if isinstance(value, dict) and value.keys() == {NUMBER}:
@@ -141,6 +144,11 @@ def decoded(value: object) -> object:
     if isinstance(value, dict):
         return {key: decoded(item) for key, item in value.items()}
     return [decoded(item) for item in value] if isinstance(value, list) else value
+
+
+def _key(value: object) -> object:
+    """A key of a dictionary: a list in JSON was a tuple."""
+    return tuple(map(_key, value)) if isinstance(value, list) else decoded(value)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -26,14 +26,15 @@ def select_ranks(groups: Sequence[Group], config: CobraConfig, budget: Budget, f
 
     Raises ValueError for a budget out of range, and gates or updates that are not finite.
     """
-    posteriors = [_posterior(group) for group in groups]
+    logits = [_logits(group) for group in groups]
+    posteriors = [_posterior(group, gates) for group, gates in zip(groups, logits, strict=True)]
     values, energies, source = posteriors, [()] * len(groups), "gates"
     found = [_energy(group) for group in groups] if config.basis == "singular" else []
     if any(energy.any() for energy in found):  # before the first step all updates are zero
-        values, energies, source = found, [tuple(energy.tolist()) for energy in found], "singular"
+        values, energies, source, logits = found, [tuple(energy.tolist()) for energy in found], "singular", None
         budget = replace(budget, objective="count")  # an energy is what a direction is worth, wherever it sits
     costs = [cost_of_rank(group.sites, budget.unit, group.layers[0][0].lora_A.element_size()) for group in groups]
-    allocation = allocate([group.name for group in groups], values, costs, budget)
+    allocation = allocate([group.name for group in groups], values, costs, budget, finer=logits)
     sites = tuple(
         SitePlan(group.name, group.members, rank_cost("parameters", group.shapes), tuple(kept), tuple(p.tolist()), energy)
         for group, kept, p, energy in zip(groups, allocation.kept, posteriors, energies, strict=True)
@@ -42,10 +43,14 @@ def select_ranks(groups: Sequence[Group], config: CobraConfig, budget: Budget, f
     return RankPlan(sites, fold, fingerprint, {**provenance(source, budget, allocation), "step": step})
 
 
-def _posterior(group: Group) -> Tensor:
-    """(r,) fp64 probability of every gate; of open ones their prior's."""
+def _logits(group: Group) -> Tensor:
+    """(r,) fp64 of every gate; of open ones their prior's. They differ where above 37 the probabilities are 1 alike."""
     gate = group.gate
-    logits = torch.tensor(group.prior, dtype=torch.float64) if gate is None else whole(gate).detach().double().cpu()
+    return torch.tensor(group.prior, dtype=torch.float64) if gate is None else whole(gate).detach().double().cpu()
+
+
+def _posterior(group: Group, logits: Tensor) -> Tensor:
+    """(r,) fp64 probability of every gate."""
     posterior = logits.sigmoid()
     if not posterior.isfinite().all():
         raise ValueError(f"{group.name}: gates are not finite: the training diverged; lower the learning rate")

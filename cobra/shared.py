@@ -48,6 +48,8 @@ class SharedInputs:
 
     def output(self, layer: CobraLinear, x: Tensor) -> Tensor | None:
         """y of the layer, or None where it has to be computed alone."""
+        if x.is_inference():  # has no version
+            return None
         if not self.settled:
             self._see(layer, x)
             return None

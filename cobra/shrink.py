@@ -40,11 +40,12 @@ def holders(optimizer: Optimizer | Sequence[Optimizer] | None, groups: Sequence[
     """The optimizers passed: none, one or several.
 
     Raises ValueError where none of those passed holds a matrix that trains on after the cut: the cut puts a new parameter in
-    its place, which an optimizer that is not passed never sees.
+    its place, which an optimizer that is not passed never sees, nor one that keeps a list of its own.
     """
     if optimizer is None:
         return []
     optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    _require_no_list_of_their_own(optimizers, groups)
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     missing = [
         f"{base.name}.{key}"
@@ -60,6 +61,19 @@ def holders(optimizer: Optimizer | Sequence[Optimizer] | None, groups: Sequence[
             "requires_grad_(False) what is not to train"
         )
     return optimizers
+
+
+def _require_no_list_of_their_own(optimizers: Sequence[Optimizer], groups: Sequence[Group]) -> None:
+    """Raises ValueError for LBFGS and its like: beside the groups' lists they step by one that no cut reaches."""
+    layers = [layer for group in groups for layer in group.all_layers]
+    cut = {id(p) for layer in layers for p in (layer.lora_A, layer.lora_B, layer.lora_gate)}
+    for optimizer in optimizers:
+        for name, value in vars(optimizer).items():
+            if isinstance(value, list) and any(isinstance(p, nn.Parameter) and id(p) in cut for p in value):
+                raise ValueError(
+                    f"apply(plan, optimizer): {optimizer_name(optimizer)} keeps a list of parameters of its own ({name}) "
+                    "and a flat history, which cannot be cut: apply(plan) without it, and make a new optimizer after the cut"
+                )
 
 
 def shrink_layers(layers: list[CobraLinear], site: SitePlan, fold: str, optimizers: Sequence[Optimizer]) -> None:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -61,10 +62,20 @@ def is_conv1d(module: nn.Module) -> bool:
     return loaded is not None and isinstance(module, loaded.Conv1D)
 
 
+def _has_class_forward(module: nn.Module) -> bool:
+    """Whether a call runs the forward of the module's class: not where another one was set on the module itself."""
+    own = vars(module).get("forward")
+    if hasattr(module, "_hf_hook"):  # accelerate's moves tensors and calls the one from before
+        own = vars(module).get("_old_forward", own)
+    return own is None or own == MethodType(type(module).forward, module)  # accelerate leaves it so when it is removed
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes x Wᵀ + b by its own forward, so that an adapter can take its place."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return False  # nn.MultiheadAttention reads its weight and never calls it
+    if not _has_class_forward(module):
+        return False
     return is_conv1d(module) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
 
 
@@ -311,6 +322,8 @@ def _check_quantised(model: nn.Module, targets: TargetModules, allowed: Callable
 def _check_weight(name: str, module: nn.Module, tied: bool) -> None:
     if "weight" not in module._parameters:
         raise ValueError(f"{name}.weight is computed (a parametrization); remove it first, or leave the layer out")
+    if getattr(module, "bias", None) is not None and "bias" not in module._parameters | module._buffers:
+        raise ValueError(f"{name}.bias is computed (a parametrization); remove it first, or leave the layer out")
     weight = module.weight
     if sharded(weight):
         raise ValueError(

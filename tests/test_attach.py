@@ -1,5 +1,6 @@
 """Attaching: which layers get an adapter, what trains beside them, and what is refused."""
 
+import copy
 import warnings
 
 import pytest
@@ -264,8 +265,135 @@ def test_transformer_encoder_calls_its_adapters(masked):
         adapted = model(x, src_key_padding_mask=mask)
         adapter.merge()
         merged = model(x, src_key_padding_mask=mask)
+    assert not any(module._forward_pre_hooks for module in model.modules())  # the base model has its fast path again
     valid = slice(None) if mask is None else ~mask
     torch.testing.assert_close(adapted[valid], merged[valid], rtol=1e-4, atol=1e-5)
+
+
+def hooked(layer: nn.Module, calls: list[str]) -> list:
+    """The handles of hooks of every kind: each notes its call, and those of the forward change what passes."""
+
+    def before(module, args):
+        calls.append("before")
+        return (args[0] * 2,)
+
+    def after(module, args, kwargs, output):
+        calls.append("after")
+        return output * 3
+
+    return [
+        layer.register_forward_pre_hook(before),
+        layer.register_forward_hook(after, with_kwargs=True, always_call=True),
+        layer.register_full_backward_pre_hook(lambda *_: calls.append("backward before")),
+        layer.register_full_backward_hook(lambda *_: calls.append("backward")),
+    ]
+
+
+@pytest.mark.parametrize("end", ["merge", "detach", "cut"])
+def test_hooks_run_once_on_whichever_layer_is_in_place(end):
+    """A user's hook, as one that scales or watches an output, is part of the model: before, with and after an adapter."""
+    model, (x, _), calls = Mlp().eval(), mlp_batch(), []
+    handles = hooked(model.mid, calls)
+
+    def outputs(model):
+        calls.clear()
+        y = model(x)
+        y.sum().backward()
+        assert calls == ["before", "after", "backward before", "backward"]
+        return y.detach()
+
+    plain = outputs(model)
+    settings = {"rank_budget": 2, "r_max": 2, "gate": "mean", "target_modules": ("mid",), "modules_to_save": ()}
+    adapter = cobra.attach(model, cobra.CobraConfig(**settings))
+    torch.testing.assert_close(outputs(model), plain)
+    torch.testing.assert_close(outputs(copy.deepcopy(model)), plain)
+    stir(adapter)
+    adapted = outputs(model.eval())
+    if end == "merge":
+        adapter.merge()
+        model.up.weight.requires_grad_()  # merged, nothing before the hooks has a gradient
+        torch.testing.assert_close(outputs(model), adapted)
+        adapter.unmerge()
+        torch.testing.assert_close(outputs(model), adapted)
+    elif end == "detach":
+        adapter.detach()
+        torch.testing.assert_close(outputs(model), plain)
+    else:
+        adapter.apply(adapter.extract(0))
+        model.up.weight.requires_grad_()
+        torch.testing.assert_close(outputs(model), plain)
+    for handle in handles:
+        handle.remove()
+    calls.clear()
+    model(x)
+    assert not calls
+
+
+def test_hooks_follow_into_the_base_model():
+    """Those put on a layer while it is adapted, and those of a full backward, which torch tells by a flag."""
+    model, (x, _), calls = Mlp(), mlp_batch(), []
+    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=2, r_max=2, gate="mean", target_modules=("mid",)))
+    hooked(model.mid, calls)
+    adapter.detach()
+    model(x).sum().backward()
+    assert type(model.mid) is nn.Linear and calls == ["before", "after", "backward before", "backward"]
+
+
+def test_a_layer_with_a_forward_of_its_own_is_left_alone():
+    """Set on the module as in a subclass: an adapter in its place would leave it out. Named outright it is refused."""
+    model, (x, _) = Mlp(), mlp_batch()
+    forward = model.mid.forward
+    model.mid.forward = lambda h: forward(h) * 3
+    plain = model(x)
+    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=2, r_max=2, gate="mean"))
+    assert [group.name for group in adapter.groups] == ["up"]
+    assert torch.equal(model(x), plain)
+    adapter.detach()
+    with pytest.raises(ValueError, match="target_modules that match no linear layer: 'mid'"):
+        cobra.attach(model, cobra.CobraConfig(rank_budget=2, gate="mean", target_modules=("mid",)))
+    other = Mlp()
+    lora = cobra.attach(other, cobra.CobraConfig(rank_budget=2, r_max=2, gate="mean", target_modules=("mid",))).to_lora()
+    with pytest.raises(ValueError, match="mid is a Linear, which has a forward of its own"):
+        lora.attach(model)
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_accelerate_on_a_layer_is_no_forward_of_its_own(removed):
+    """A device map sets a forward on every layer, which moves its input and calls the class's; removed, it leaves that one."""
+    from accelerate.hooks import attach_execution_device_hook, remove_hook_from_module
+
+    model, (x, _) = Mlp(), mlp_batch()
+    plain = model(x)
+    attach_execution_device_hook(model, "cpu")
+    if removed:
+        remove_hook_from_module(model, recurse=True)
+    assert "forward" in vars(model.mid)
+    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=2, r_max=2, gate="mean"))
+    assert [group.name for group in adapter.groups] == ["up", "mid"]
+    torch.testing.assert_close(model(x), plain)
+    adapter.detach()
+    forward = model.mid.forward
+    model.mid.forward = lambda h: forward(h) * 3
+    if not removed:
+        return
+    attach_execution_device_hook(model, "cpu")  # around a forward of the user's
+    assert [group.name for group in cobra.attach(model, adapter.config).groups] == ["up"]
+
+
+def test_attached_and_cut_within_inference_mode():
+    """What is made there cannot be trained, and training comes after."""
+    model, (x, _) = Mlp(), mlp_batch()
+    with torch.inference_mode():
+        adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=4, r_max=4, total_steps=10))
+        lora = adapter.to_lora()
+        adapter.apply(adapter.extract())
+    model(x).sum().backward()
+    assert all(layer.lora_B.grad is not None for layer in layers_of(adapter))
+    other = Mlp()
+    with torch.inference_mode():
+        loaded = lora.attach(other)
+    other(x).sum().backward()
+    assert all(layer.lora_B.grad is not None for layer in layers_of(loaded))
 
 
 def test_a_head_of_several_layers_trains_whole():

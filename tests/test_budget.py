@@ -149,6 +149,37 @@ def test_ranks_alone_are_the_plain_cut(values, data):
     assert all(set(a) <= set(b) for a, b in zip(fewer.kept, found.kept, strict=True))
 
 
+@settings(deadline=None)
+@given(problems(eighths), st.data())
+def test_finer_values_decide_only_between_equal_ones(problem, data):
+    """The worth and what is spent stay the best there are; finer values that are equal where the values are change nothing."""
+    names, values, costs, budget = problem
+    finer = [[data.draw(st.integers(-9, 9)) for _ in group] for group in values]
+    try:
+        plain = allocate(names, values, costs, budget)
+    except ValueError:
+        return
+    found = allocate(names, values, costs, budget, finer)
+    worth = [worth_of(each.ranks, values, costs, budget.objective) for each in (plain, found)]
+    assert worth[0] == worth[1] and (found.spent, found.optimal) == (plain.spent, plain.optimal)
+    for kept, group, fine in zip(found.kept, values, finer, strict=True):
+        assert list(kept) == sorted(sorted(range(len(group)), key=lambda k: (-group[k], -fine[k]))[: len(kept)])
+    assert allocate(names, values, costs, budget, values) == plain
+
+
+@pytest.mark.parametrize(("objective", "tied"), [("mass", ()), ("count", ()), ("mass", ("qkv",))], ids=str)
+def test_finer_values_order_equal_gates_of_all_groups(objective, tied):
+    """In one cost and in several, alone and in ties, below zero too."""
+    names, finer = ["a.q", "a.k", "b.q", "b.k"], [[-63.0] * 4, [-63.0] * 4, [-5.0, -7.0, -6.0, -6.0], [-5.0] * 4]
+    budget = Budget(24, "parameters", objective=objective, tied=tied)
+    ranks = allocate(names, [[1.0] * 4] * 4, [3, 3, 3, 3], budget, finer).ranks
+    assert ranks == (0, 0, 4, 4)
+    ranks = allocate(names, [[1.0] * 4] * 4, [2, 1, 2, 1], Budget(12, "parameters", tied=tied), finer).ranks
+    assert ranks == (0, 0, 4, 4)
+    one = allocate(["a", "b", "c"], [[1.0]] * 3, [2, 2, 3], Budget(5, "parameters"), [[40.0], [50.0], [60.0]])
+    assert one.kept == ((), (0,), (0,))
+
+
 def test_mass_ignores_what_a_gate_costs_and_count_does_not():
     """The same posterior: by mass the wide layer's better gates stay, by count the money goes further on the narrow one."""
     values, costs = [[0.9, 0.8], [0.7, 0.6]], [4, 1]

@@ -177,6 +177,31 @@ def test_a_checkpoint_on_a_named_model_or_a_bare_encoder(tmp_path):
         assert torch.equal(found.heads["classifier"]["weight"], model.classifier.weight)
 
 
+def head_of(model, base, folder) -> dict[str, torch.Tensor]:
+    """Of the exported checkpoint of an adapter on the model."""
+    adapter = cobra.attach(model, cobra.CobraConfig(5, r_max=2, gate="mean"))
+    stir(adapter)
+    adapter.save_checkpoint(folder / "run.safetensors")
+    exported(folder / "run.safetensors", "--out", folder / "out", "--base", base)
+    return cobra.load_adapter(folder / "out").heads["classifier"]
+
+
+def test_a_head_that_trained_in_fp32_on_a_base_in_bf16(tmp_path):
+    """As it trained, bit for bit."""
+    model = vit().bfloat16().float()
+    vit().bfloat16().save_pretrained(tmp_path / "base")
+    found = head_of(model, tmp_path / "base", tmp_path)
+    assert found["weight"].dtype == torch.float32 and torch.equal(found["weight"], model.classifier.weight)
+
+
+def test_a_head_of_other_labels_than_the_base(tmp_path):
+    """The checkpoint's labels count, in the class that the base has too."""
+    vit(labels=3).save_pretrained(tmp_path / "base")
+    model = type(vit()).from_pretrained(tmp_path / "base", num_labels=5, ignore_mismatched_sizes=True)
+    found = head_of(model, tmp_path / "base", tmp_path)
+    assert torch.equal(found["weight"], model.classifier.weight) and torch.equal(found["bias"], model.classifier.bias)
+
+
 def test_json(made):
     folder, _ = made
     found = json.loads(exported(folder / "padded", "--out", folder / "out", "--for", "peft, vllm", "--json"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import attached, logits_of, minilm, minilm_folder, review_batch, stir, vit
+from models import attached, image_batch, logits_of, minilm, minilm_folder, review_batch, stir, vit
 from test_lora import trained
 from test_storage import content, ended, limit_file_size
 from typer.testing import CliRunner
@@ -158,6 +158,28 @@ def test_bases_that_do_not_fit(made, tmp_path):
     other = changed(base, tmp_path / "o", hidden_size=64)
     assert "o: the weights are not those of config.json" in merge(other, adapter, *out).stderr
     assert not (tmp_path / "m").exists()
+
+
+def test_a_base_of_other_labels(tmp_path):
+    """The adapter's count, in the class that the base has too."""
+    vit(labels=3).save_pretrained(tmp_path / "base")
+    model = type(vit()).from_pretrained(tmp_path / "base", num_labels=5, ignore_mismatched_sizes=True)
+    adapter = cobra.attach(model, cobra.CobraConfig(20, r_max=2, gate="mean"))
+    stir(adapter)
+    adapter.apply(adapter.extract())
+    adapter.save_pretrained(tmp_path / "adapter")
+    assert merge(tmp_path / "base", tmp_path / "adapter", "--out", tmp_path / "m").exit_code == 0
+    merged = type(model).from_pretrained(tmp_path / "m")
+    assert merged.config.num_labels == 5
+    torch.testing.assert_close(logits_of(merged, image_batch()), logits_of(model.eval(), image_batch()), rtol=0, atol=1e-5)
+
+
+def test_a_base_of_other_sizes_in_another_class(pooled, tmp_path):
+    """Only the head may be of another shape than the base's."""
+    other = changed(minilm_folder(), tmp_path / "o", intermediate_size=64)
+    result = merge(other, pooled[0] / "recorded", "--out", tmp_path / "m")
+    refused(result, "o: the weights are not those of config.json: bert.encoder.layer.0.intermediate.dense.bias has the shape")
+    assert "(1536,) and not (64,)" in result.stderr and not (tmp_path / "m").exists()
 
 
 def test_a_tolerance_that_is_exceeded(made, tmp_path):

@@ -167,6 +167,37 @@ def test_lora(folders, texts, tmp_path):
     assert result.exit_code == 2 and "budget=12 ranks: one rank in each of 13 layers takes 13" in result.stderr
 
 
+def test_lora_of_a_largest_rank(folders, texts, tmp_path):
+    """Below what the budget gives, the largest rank holds."""
+    data = ("--model", folders["classifier"], "--data", texts, *QUICK, "--method", "lora", "--budget", 30)
+    assert done(*data, "--r-max", 1, "--out", tmp_path / "r")["ranks"] == 13
+    config = json.loads((tmp_path / "r" / "adapter" / "adapter_config.json").read_bytes())
+    assert config["r"] == 1 and config["rank_pattern"] == {}
+
+
+def test_xlnet(texts, tmp_path):
+    """Its layers see tokens first: what would be calibrated is refused with what needs no calibration, which trains."""
+    sizes = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32}
+    data = ("--model", model_folder(tmp_path / "m", "XLNetForSequenceClassification", "xlnet", **sizes), "--data", texts)
+    result = run(*data, *BRIEF, "--out", tmp_path / "r")
+    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith("error: transformer.layer.0.ff.layer_1 has an")
+    assert result.stderr.endswith("or train without a calibration: --preset singular, or --method lora\n")
+    assert not (tmp_path / "r").exists()
+    found = done(*data, *BRIEF, "--budget", 4, "--preset", "singular", "--out", tmp_path / "s")
+    assert found["ranks"] == 4 and found["bad_steps"] == 0
+
+
+@pytest.mark.parametrize("options", [(), ("--method", "lora")])
+@pytest.mark.parametrize(("kind", "outputs"), [("multi_label_classification", 2), ("regression", 3)])
+def test_several_labels_of_a_row(texts, tmp_path, kind, outputs, options):
+    """Refused with nothing left behind."""
+    folder = model_folder(tmp_path / "m", "BertForSequenceClassification", problem_type=kind, num_labels=outputs)
+    result = run("--model", folder, "--data", texts, *QUICK, *options, "--out", tmp_path / "r")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
+    assert f"of a row at once ({'num' if outputs == 3 else 'problem'}" in result.stderr
+    assert "rows have one label here: take its base model" in result.stderr and not (tmp_path / "r").exists()
+
+
 def test_singular_basis(folders, texts, tmp_path):
     """Nothing is calibrated, and the plan says what it went by."""
     out = tmp_path / "r"

@@ -22,7 +22,7 @@ from cobra.config import CHOICES
         ({"alpha": 0.0}, "alpha=0.0: expected a number greater than 0"),
         ({"beta": -0.1}, "beta=-0.1"),
         ({"gate_lr_scale": -1.0}, "gate_lr_scale=-1.0"),
-        ({"init_scale": 0.0}, "init_scale=0.0: expected greater than 0"),
+        ({"init_scale": 0.0}, "init_scale=0.0: expected a number greater than 0, or None"),
         ({"lora_B_lr_scale": 0.0}, "lora_B_lr_scale=0.0: expected greater than 0"),
         ({"open_probability": 1.0}, "open_probability=1.0: expected between 0 and 1"),
         ({"temperature": (0.1, 1.0)}, "first >= last > 0"),

@@ -123,9 +123,18 @@ def test_directions_survive_the_file_and_are_checked(tmp_path):
         cobra.LayerScores.load(tmp_path / "scores.safetensors")
 
 
-@pytest.mark.parametrize("given, scale", [({}, 1 / 3), ({"init_scale": 1.0}, 1.0), ({"init_scale": 0.5}, 0.5)], ids=str)
+LENGTHS = [
+    ({"basis": "gates"}, 1 / 3),
+    ({"basis": "singular"}, 1.0),
+    ({"basis": "gates", "init_scale": 1.0}, 1.0),
+    ({"basis": "singular", "init_scale": 0.5}, 0.5),
+]
+
+
+@pytest.mark.parametrize("given, scale", LENGTHS, ids=str)
 def test_adapters_start_along_the_directions(given, scale):
-    """lora_A spans the gradient's leading input directions, by default at a third of the length that drawn rows have."""
+    """lora_A spans the gradient's leading input directions: at a third of the length that drawn rows have, or at it where
+    the cut gives rows that length."""
     model = vit()
     scores = scored(model, [image_batch()])
     adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=12, r_max=4, gate="open", init="gradient", **given), scores)
@@ -143,7 +152,8 @@ def test_by_default_rows_start_along_the_directions_that_the_scores_keep(directi
     for init in ("auto", "uniform"):
         model = vit()
         scores = scored(model, [image_batch()], directions=directions)
-        adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=12, r_max=4, gate="open", init=init), scores)
+        config = cobra.CobraConfig(rank_budget=12, r_max=4, gate="open", init=init, basis="gates")
+        adapter = cobra.attach(model, config, scores)
         drawn[init] = {group.name: group.layers[0][0].lora_A.detach() for group in adapter.groups}
     assert cobra.CobraConfig(rank_budget=12, total_steps=1).init == "auto"
     for name, rows in drawn["auto"].items():

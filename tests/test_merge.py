@@ -21,6 +21,7 @@ from models import (
     vit,
 )
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import cobra
 from cobra import CobraLinear
@@ -104,6 +105,31 @@ def test_mode_follows_through_a_merge(training):
     model.train(training)
     adapter.unmerge()
     assert all(layer.training is training for layer in layers_of(adapter))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mode_set_while_merged_holds_where_the_model_had_it(training):
+    """attach() leaves layers in training mode within a model in evaluation mode: eval() says what is meant all the same."""
+    model, adapter = attached(lambda: Mlp().eval())
+    stir(adapter)
+    x = torch.randn(5, 6)
+    model.train(training)
+    for layer in layers_of(adapter):
+        layer.train(not training)
+    adapter.merge()
+    merged = model.train(training)(x)
+    adapter.unmerge()
+    assert all(layer.training is training for layer in layers_of(adapter))
+    torch.testing.assert_close(model.eval()(x), merged)
+
+
+def test_a_mode_that_nobody_set_holds_through_a_merge():
+    model, adapter = attached(lambda: Mlp().eval())
+    adapter.merge()
+    adapter.unmerge()
+    assert not model.training and all(layer.training for layer in layers_of(adapter))
+    adapter.detach()
+    assert not any(module.training for module in model.modules())
 
 
 def test_unmerge_in_mid_search():
@@ -199,6 +225,57 @@ def test_merges_are_taken_back_in_order(way):
     second.detach()
     first.detach()
     assert all(torch.equal(model.get_submodule(name).weight, weight) for name, weight in base.items())
+
+
+class Wide(nn.Module):
+    """One layer of more lanes than a checksum reads at a time: as nn.Linear of elements, as Conv1D of 8 bytes."""
+
+    def __init__(self, conv: bool, dtype: torch.dtype):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = (Conv1D(700, 501) if conv else nn.Linear(501, 700)).to(dtype)
+
+
+EDITS = {
+    "a row": lambda w: w[5].zero_(),
+    "signs": lambda w: w[:, 7].neg_(),
+    "one bit": lambda w: w[-1, -1].copy_(torch.nextafter(w[-1, -1], w[0, 0])),
+    "rows in another order": lambda w: w.copy_(w.flip(0).clone()),
+    "columns in another order": lambda w: w.copy_(w.flip(1).clone()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("conv", [False, True], ids=["linear", "Conv1D"])
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_what_was_changed_in_merged_weights_is_not_lost(edit, conv, dtype):
+    """Wherever it was: unmerge names the layer and leaves the change; as the merge left them the weights go back."""
+    model, adapter = attached(lambda: Wide(conv, dtype), rank_budget=2, r_max=2)
+    base = model.layer.weight.clone()
+    stir(adapter)
+    adapter.merge()
+    merged = model.layer.weight.data.clone()
+    with torch.no_grad():
+        edit(model.layer.weight)
+    changed = model.layer.weight.clone()
+    with pytest.raises(ValueError, match=r"^layer: the weights are not those that this merge wrote"):
+        adapter.unmerge()
+    assert torch.equal(model.layer.weight, changed) and not torch.equal(changed, merged)
+    model.layer.weight.data = merged.t().clone().t()  # the same bits, laid out otherwise
+    adapter.unmerge()
+    assert torch.equal(model.layer.weight, base)
+
+
+def test_weights_that_were_quantised_after_the_merge():
+    """They are not those that were merged, and the base weights cannot be put into them."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model, adapter = attached(Mlp)
+    stir(adapter)
+    adapter.merge()
+    quantize_(model, Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match=r"^up: the weights are not those that this merge wrote"):
+        adapter.unmerge()
 
 
 def small_updates(dtype=torch.bfloat16):
@@ -323,6 +400,40 @@ def test_weights_in_the_same_memory_are_not_merged_in_place(views, workspace):
     model.two.weight.data = model.two.weight.data.clone()
     report = adapter.merge(reversible=False, workspace=workspace)
     assert [site.name for site in report.sites] == ["one", "two"] and not torch.equal(model.buffer, buffer)
+
+
+def merged_and_back(views):
+    """Two layers and their adapter before a merge, merged, and after unmerge and detach: the buffers and the outputs."""
+    model, adapter = attached(lambda: Views(*views), rank_budget=4, r_max=2)
+    stir(adapter)
+    inputs = [torch.randn(3, layer.in_features) for layer in (model.one, model.two)]
+    found = []
+    for act in (model.eval, adapter.merge, adapter.unmerge):
+        act()
+        outputs = [layer(x) for layer, x in zip((model.one, model.two), inputs, strict=True)]
+        found.append((model.buffer.clone(), torch.cat([y.flatten() for y in outputs])))
+    return found
+
+
+@pytest.mark.parametrize("views", ["some rows", "some columns"])
+def test_slices_in_the_same_memory_are_not_merged_with_a_way_back(views):
+    """A slice is written where it lies: one update would overwrite the other. Nothing is written."""
+    model, adapter = attached(lambda: Views(*SHARED[views]), rank_budget=4, r_max=2)
+    stir(adapter)
+    before, buffer = state_of(model), model.buffer.clone()
+    with pytest.raises(ValueError, match=r"^one and two hold their weights in the same memory.*; nothing is merged: give one"):
+        adapter.merge()
+    assert state_of(model) == before and torch.equal(model.buffer, buffer)
+    model.two.weight.data = model.two.weight.data.clone()
+    assert len(adapter.merge().sites) == 2
+
+
+@pytest.mark.parametrize("views", [SHARED["all"], SHARED["transposed"], *APART.values()], ids=["all", "transposed", *APART])
+def test_weights_that_part_in_a_merge_come_back(views):
+    """Aliases of a whole buffer get a tensor each when they are merged, slices that are apart are written where they lie."""
+    (buffer, outputs), (_, merged), (restored, again) = merged_and_back(views)
+    torch.testing.assert_close(merged, outputs)
+    assert torch.equal(restored, buffer) and torch.equal(again, outputs)
 
 
 @pytest.mark.parametrize("views", APART.values(), ids=APART)

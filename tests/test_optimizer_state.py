@@ -7,6 +7,9 @@ import torch
 from models import layers_of, vit
 from test_checkpoint import SEARCH, Run, assert_same_bits, copied
 
+from cobra import checkpoint
+from cobra.optimizer_state import from_parts
+
 
 def test_settings_that_no_file_can_keep(tmp_path):
     """What no file can keep of an optimizer is named, with the optimizer, before anything is written."""
@@ -45,6 +48,31 @@ def test_rates_that_are_tensors(tmp_path):
         torch.set_rng_state(random)
         run.advance(2, SEARCH + 2)
     assert_same_bits(copied(runs[1].adapter), copied(runs[0].adapter))
+
+
+@pytest.mark.parametrize("name", ["counter", "number", "dtype", "shape", "pairs"])
+def test_names_that_mark_other_things_in_the_file(name, tmp_path):
+    """A lone number of any name, a lone field of a dictionary, and keys that are no strings come back as they were."""
+    run, fresh = Run.start(vit), Run.start(vit)
+    run.advance(0, 1)
+    layers = layers_of(run.adapter)[:2]
+    states = {name: 3}, {"plain": {name: [3]}, "tensors": {0: torch.ones(2), (1, "a"): {name: torch.zeros(1)}, "0": {5: 2}}}
+    for each in (run, fresh):
+        each.optimizer = torch.optim.SGD(each.adapter.parameter_groups(lr=1e-2))
+    for layer, state in zip(layers, states, strict=True):
+        run.optimizer.state[layer.lora_B] = dict(state)
+    checkpoint.save(run.adapter, tmp_path / "run.cobra", run.optimizer, None)
+    checkpoint.load(fresh.adapter, tmp_path / "run.cobra", fresh.optimizer, None)
+    for layer, state in zip(layers_of(fresh.adapter), states, strict=False):
+        assert_same_bits(fresh.optimizer.state[layer.lora_B], state)
+
+
+def test_dictionaries_of_older_files():
+    """They were written as objects, whose keys are strings."""
+    parts = {"dict": {"state1": {"tensor": "form.0"}, "scale": {"value": {"number": [0.5, "torch.float32"]}}}}
+    meta = {"param_groups": [], "scalars": {"0": {"step": 2}}, "forms": {"0": {"quantised": parts}}}
+    found = from_parts("run.cobra", {"form.0": torch.ones(2)}, meta)["state"]
+    assert_same_bits(found, {0: {"step": 2, "quantised": {"state1": torch.ones(2), "scale": torch.tensor(0.5)}}})
 
 
 def test_state_in_other_forms_than_tensors(tmp_path, monkeypatch):

@@ -222,6 +222,20 @@ def test_constraints_reach_the_cut():
     assert adapter.plan == plan
 
 
+@pytest.mark.parametrize("gate", ["mean", "open"])
+def test_gates_that_are_all_but_certain_go_by_their_logits(gate):
+    """Above 37 every probability is 1 in fp64; what prior and training said of these gates still decides."""
+    adapter = cobra.attach(Mlp(), cobra.CobraConfig(rank_budget=4, r_max=4, gate=gate, basis="gates"))
+    certain = (torch.tensor([63.1] * 4), torch.tensor([71.6, 80.0, 63.1, 64.0]), torch.full((4,), -63.0))
+    for group, logits in zip(adapter.groups, certain, strict=False):
+        group.prior = tuple(logits.tolist())
+        if group.gate is not None:
+            group.gate.data.copy_(logits)
+    assert list(adapter.extract(3).ranks.values()) == [0, 3]
+    assert adapter.extract(3).sites[1].kept == (0, 1, 3)
+    assert adapter.extract(1).sites[1].kept == (1,)
+
+
 def test_plan_remembers_its_budget(tmp_path):
     plan = cobra.attach(vit(), CONFIG).extract(Budget(1500, "parameters", multiple=2))
     assert Budget.from_dict(plan.provenance["budget"]) == Budget(1500, "parameters", multiple=2)

@@ -120,6 +120,19 @@ def test_what_changed_since_is_not_reused(change):
         torch.testing.assert_close(found, model.k(x))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_inference_mode(training):
+    """Its tensors have no version to tell a change by: what is computed there is computed alone, seen before or not."""
+    model, adapter = attach()
+    x = torch.randn(5, 6)
+    for _ in range(2):
+        expected = model.train(training)(x)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(x + 0), expected)
+        take_step(model.train(), adapter, x), adapter.step()
+    assert sharers(adapter) == {("q", "k", "v")}
+
+
 def test_a_layer_called_elsewhere_too_shares_nothing():
     model, adapter = attach()
     model.apart = True

@@ -375,6 +375,19 @@ def test_one_of_two_optimizers_is_refused(which):
     split_train(model, adapter, optimizers, 1)
 
 
+@pytest.mark.parametrize("as_list", [True, False], ids=["among others", "alone"])
+def test_lbfgs_is_refused(as_list):
+    """It steps by a list of its own, in which the matrices from before the cut would stay; nothing is cut."""
+    model, adapter, _ = searched()
+    optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], max_iter=1)
+    before = dict(adapter.state_dict())
+    with pytest.raises(ValueError, match=r"torch\.LBFGS keeps a list of parameters of its own .* new optimizer after the cut"):
+        adapter.apply(adapter.extract(), [optimizer] if as_list else optimizer)
+    assert adapter.plan is None and all(adapter.state_dict()[name] is tensor for name, tensor in before.items())
+    heads = torch.optim.LBFGS(model.classifier.parameters())  # which the cut leaves as they are
+    adapter.apply(adapter.extract(), [torch.optim.AdamW(adapter.parameter_groups(lr=1e-3)[:1]), heads])
+
+
 def test_uncuttable_state_of_one_of_two_optimizers():
     """The other one keeps its moments."""
     _, adapter, (first, second) = split_search()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import minilm
 from torch import nn
+from torch.nn.utils import prune
 
 import cobra
 from cobra.sites import block_of, blocks_of, find_sites, fingerprint
@@ -190,6 +191,9 @@ def test_one_weight_is_one_site():
     computed = named(a=nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
     with pytest.raises(ValueError, match=r"a.weight is computed \(a parametrization\)"):
         find_sites(computed)
+    pruned = named(a=prune.l1_unstructured(nn.Linear(3, 3), "bias", 1))
+    with pytest.raises(ValueError, match=r"a.bias is computed \(a parametrization\)"):
+        find_sites(pruned)
 
 
 @pytest.mark.parametrize("inner", [False, True])

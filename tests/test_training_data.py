@@ -106,7 +106,8 @@ def test_held_out_share(folders, texts):
     assert other.train != split.train
     few = read_split(settings(folders["classifier"], texts, eval_share=0.25, train_examples=3, eval_examples=2), source)
     assert (few.train, few.test) == (split.train[:3], split.test[:2])
-    assert [*split.fingerprints] == ["texts.csv"] and len(split.fingerprints["texts.csv"]) == 64
+    ((file, fingerprint),) = split.fingerprints.items()
+    assert file == str(texts) and len(fingerprint) == 64
 
 
 def test_another_file_to_evaluate_on(folders, texts, tmp_path):
@@ -114,7 +115,7 @@ def test_another_file_to_evaluate_on(folders, texts, tmp_path):
     source = find_model(str(folders["classifier"]))
     split = read_split(settings(folders["classifier"], texts, eval_data=str(more)), source)
     assert (len(split.train), [e.text for e in split.test]) == (20, REVIEWS[:2])
-    assert [*split.fingerprints] == ["texts.csv", "more.csv"]
+    assert [*split.fingerprints] == [str(texts), str(more)]
 
 
 def test_reviews(folders):
@@ -250,6 +251,24 @@ def test_cells_that_are_no_text(tmp_path, value, kind):
         ValueError, match=rf"a\.jsonl, row 2: column 'text' holds a {kind}, not a text: write one text a column"
     ):
         read_examples(str(path), Columns())
+
+
+def test_labels_that_are_lists(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "fine", "label": [1, 0]}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 1: column 'label' holds a list, not a label: rows have one label"):
+        read_examples(str(path), Columns())
+
+
+def test_xlnet_is_padded_on_the_left(texts, tmp_path):
+    """Where its head does not look; it has no limit of tokens, and with its language head it is an encoder."""
+    sizes = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32}
+    some = settings(model_folder(tmp_path / "m", "XLNetLMHeadModel", "xlnet", **sizes), texts, longest=500)
+    source, subject = find_model(some.model), prepare(some)
+    assert source.task == "encoder" and source.most_tokens > 500 and subject.notes == ()
+    with torch.no_grad():
+        alone, together = (torch.cat([subject.model(**b).logits for b in subject.batches(subject.train, n)]) for n in (1, 9))
+    torch.testing.assert_close(alone, together)
 
 
 def test_label_that_is_only_evaluated_on(folders, tmp_path):

@@ -52,7 +52,6 @@ FEW_LAYERS = {
     "lora": {"layers": "query,value"},
     "cobra+long": {**LONG_COBRA, "minimum": 0, "r_max_multiple": 18},
     "cobra+singular": {**JOINT, "minimum": 0, "r_max_multiple": 18},
-    "cobra": {**JOINT, "minimum": 0, "r_max_multiple": 18, "row_scale": SHORT_ROWS},  # basis="auto" below rank 1
     "random": {"r_max_multiple": 18},
     "singular": {**SINGULAR, "r_max_multiple": 18},
 }

@@ -132,7 +132,7 @@ def final() -> Iterator[Recipe]:
         (TASKS, 2, {}, ("paper",), few),
         (LANGUAGE[:1], 2, {}, (*PEERS[:2], "cobra"), few),
         (TASKS, 2, SHORT, ("singular", "cobra"), few),
-        (TASKS, TIGHT, {}, ("cobra+long", "lora", "singular", "cobra+singular", "cobra"), few),
+        (TASKS, TIGHT, {}, ("cobra+long", "lora", "singular", "cobra+singular"), few),
         (GLUE, 2, FEW, (*PEERS[:2], "cobra"), few),
         ((*REGRESSIONS, *GRADED), 2, FEW, (*PEERS[:2], "singular", "cobra"), few),
         (REGRESSIONS, 32, {}, PEERS[:2], few),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,6 +47,15 @@ def head_tensors(adapter: LoraAdapter) -> dict[str, Tensor]:
     return {f"{name}.{key}": value for name, head in adapter.heads.items() for key, value in head.items()}
 
 
+def in_saved_dtype(model: nn.Module, heads: Mapping[str, Tensor]) -> nn.Module:
+    """The model with its heads in the dtypes of these tensors: what trained in fp32 is not rounded to a base in bf16."""
+    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    for name, tensor in heads.items():
+        if name in held:
+            held[name].data = held[name].data.to(tensor.dtype)
+    return model
+
+
 def label_count(heads: Mapping[str, Tensor]) -> int | None:
     """Outputs of a classification head: the fewest rows of its tensors."""
     return min((tensor.shape[0] for tensor in heads.values() if tensor.ndim), default=None)
@@ -55,7 +65,7 @@ def load_base(base: Path, architecture: str | None, heads: Mapping[str, Tensor])
     """The model of a transformers folder, minilm or smollm2, in the dtype it was saved in, or fp32 from a GGUF file.
 
     architecture: a class, as `find_class` takes it; by default the one in config.json, for minilm that of `cobra train`
-    heads: parameters that come with an adapter, which the base may lack; another class than config.json's gets as many labels
+    heads: parameters that come with an adapter, which the base may lack or have for other labels: it gets as many as they have
 
     Raises FileNotFoundError, and ValueError for quantised bases, unknown classes, and weights that nobody has.
     """
@@ -74,15 +84,12 @@ def load_base(base: Path, architecture: str | None, heads: Mapping[str, Tensor])
             f"{name} is no class of transformers {transformers.__version__}, nor {MeanPoolClassifier.__name__}: load the model "
             "in Python, and cobra.load_adapter(FOLDER).attach(model).merge()"
         )
-    labels = None if name == own else label_count(heads)
-    options |= {} if labels is None else {"num_labels": labels}
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        with quiet_bars():
-            model, info = found.from_pretrained(folder, output_loading_info=True, local_files_only=True, **options)
-    except RuntimeError as error:
-        raise ValueError(f"{base}: the weights are not those of config.json: {error}") from error
+    load = partial(_loaded, base, found, folder, heads, options)
+    model, info = load(None if name == own else label_count(heads))
+    if name == own and (other := _of_other_labels(model, heads)):
+        model, info = load(label_count(other))
     random = sorted(set(info["missing_keys"]) - heads.keys())
     if random:
         raise ValueError(
@@ -90,6 +97,30 @@ def load_base(base: Path, architecture: str | None, heads: Mapping[str, Tensor])
         )
     as_plain(model)
     return model
+
+
+def _loaded(
+    base: Path, kind: type[nn.Module], folder: Path, heads: Mapping[str, Tensor], options: dict, labels: int | None
+) -> tuple[nn.Module, dict]:
+    """The model and what transformers says of its loading. labels: other outputs than config.json's, None for its own"""
+    options = options if labels is None else {**options, "num_labels": labels, "ignore_mismatched_sizes": True}
+    try:
+        with quiet_bars():
+            model, info = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, **options)
+    except RuntimeError as error:
+        raise ValueError(f"{base}: the weights are not those of config.json: {error}") from error
+    for name, found, expected in sorted(info.get("mismatched_keys") or ()):
+        if name not in heads:
+            shapes = f"{tuple(found)} and not {tuple(expected)}"
+            raise ValueError(f"{base}: the weights are not those of config.json: {name} has the shape {shapes}")
+    return model, info
+
+
+def _of_other_labels(model: nn.Module, heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the heads that have another number of rows than the model, which has one a label there."""
+    own, labels = model.state_dict(), model.config.num_labels
+    shared = [name for name in heads if name in own and own[name].ndim == heads[name].ndim > 0]
+    return {name: heads[name] for name in shared if len(own[name]) == labels != len(heads[name])}
 
 
 def _own_class(base: Path, architecture: str | None) -> str | None:

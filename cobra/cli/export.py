@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 import cobra
 from cobra import checkpoint, storage
 from cobra.budget import Budget
-from cobra.cli.base import find_class, head_tensors, load_base, recorded_class, with_class
+from cobra.cli.base import find_class, head_tensors, in_saved_dtype, load_base, recorded_class, with_class
 from cobra.cli.outputs import check_new_folder
 from cobra.export.card import model_card
 from cobra.export.check import ENGINES, AdapterCheck, check_adapter
@@ -93,7 +93,7 @@ def _from_checkpoint(path: Path, base: Path, architecture: str | None) -> LoraAd
     trained = {name.removeprefix("adapter."): tensor for name, tensor in tensors.items() if name.startswith("adapter.")}
     heads = {name: tensor for name, tensor in trained.items() if not name.endswith((".lora_A", ".lora_B", ".lora_gate"))}
     config, sites, recorded = _config(path, meta["config"]), _sites(trained, meta["plan"]), _class_beside(path)
-    model = load_base(base, architecture or recorded, heads)
+    model = in_saved_dtype(load_base(base, architecture or recorded, heads), heads)
     budget = Budget.of(config.rank_budget)  # a small number was warned of when the run began
     adapter = cobra.attach(model, dataclasses.replace(config, target_modules=sites, init="uniform", rank_budget=budget))
     adapter.config = config

@@ -5,6 +5,8 @@ ForSequenceClassification       classification   the model as it is; regression 
 ForCausalLM, LMHeadModel        causal-lm        the model as it is, on texts alone
 ForImageClassification          images           the model as it is, on random images
 Model, ForMaskedLM, others      encoder          the encoder with mean pooling and a linear head fitted on its frozen features
+
+XLNet's, XLM's and Flaubert's LMHeadModel reads a text both ways, and is an encoder here.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ SMALL = {
     "intermediate_size": 512,
     "max_position_embeddings": 160,
 }
+BOTH_WAYS = ("XLNetLMHeadModel", "XLMWithLMHeadModel", "FlaubertWithLMHeadModel")
 # architecture, and sizes that go by other names or belong to the type as it is published
 RANDOM_TYPES: dict[str, tuple[str, dict]] = {
     "bert": ("BertModel", {}),
@@ -83,7 +86,13 @@ class Source:
     @property
     def most_tokens(self) -> int:
         """Of a text; two positions fewer than there are, which RoBERTa's kind does not count from zero."""
-        return getattr(self.config, "max_position_embeddings", sys.maxsize) - 2
+        positions = getattr(self.config, "max_position_embeddings", sys.maxsize)
+        return (positions if positions > 0 else sys.maxsize) - 2  # XLNet, of relative positions, has -1
+
+    @property
+    def padding_side(self) -> str:
+        """XLNet's classification head reads the last position, which must be no padding."""
+        return "left" if getattr(self.config, "summary_type", None) == "last" else "right"
 
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
         folder, gguf = self.tokens
@@ -188,7 +197,7 @@ def _task(architecture: str, config: transformers.PreTrainedConfig, folder: Path
         raise ValueError(f"{folder}: architecture {architecture} is no class of transformers {transformers.__version__}")
     if architecture.endswith("ForSequenceClassification"):
         return "regression" if config.num_labels == 1 or config.problem_type == "regression" else "classification"
-    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")) and architecture not in BOTH_WAYS:
         return "causal-lm"
     if architecture.endswith("ForImageClassification"):
         return "images"

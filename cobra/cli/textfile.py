@@ -127,10 +127,10 @@ def _example(path: Path, number: int, row: object, columns: Columns) -> Example:
             )
         if isinstance(row[column], (list, dict)):
             kind = "list" if isinstance(row[column], list) else "record"
-            raise ValueError(
-                f"{path}, row {number}: column {column!r} holds a {kind}, not a text: write one text a column, a chat as its "
-                "prompt and its response"
-            )
+            what, way = "text", "write one text a column, a chat as its prompt and its response"
+            if column == columns.label:
+                what, way = "label", "rows have one label, a word or a number; write each of several in a column, and name one"
+            raise ValueError(f"{path}, row {number}: column {column!r} holds a {kind}, not a {what}: {way}")
     cells = {column: _cell(row[column]) for column in wanted}
     for column, value in cells.items():
         if not value or (column == columns.label and value.lower() in ("nan", "null", "none", "inf", "-inf")):

@@ -17,7 +17,10 @@ from cobra.sites import blocks_of, find_sites, linear_names
 
 
 def adapter_config(settings: TrainSettings, subject: Subject) -> cobra.CobraConfig:
-    """The adapter's, with the whole budget; raises ValueError where it does not reach for a rank, of plain LoRA one a layer."""
+    """The adapter's, with the whole budget; raises ValueError where it does not reach for a rank, of plain LoRA one a layer.
+
+    Plain LoRA has in every layer the rank that the budget gives, or r_max where that is less.
+    """
     search = max(1, round(settings.share_of_search * number_of_steps(settings, subject)))
     plain = settings.config(0, total_steps=search)
     shapes: dict[str, list[tuple[int, int]]] = {}
@@ -39,6 +42,7 @@ def adapter_config(settings: TrainSettings, subject: Subject) -> cobra.CobraConf
     rank = amount // sum(costs)
     if rank < 1:
         raise ValueError(f"budget={amount} {settings.unit}: one rank in each of {len(costs)} layers takes {sum(costs)}")
+    rank = min(rank, settings.r_max or rank)
     ranks = sum(min(rank, *(min(shape) for shape in group)) for group in shapes.values())
     return replace(plain, rank_budget=ranks, r_max=rank)
 

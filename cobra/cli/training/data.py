@@ -44,6 +44,7 @@ def check_task(settings: SubjectSettings, source: Source) -> None:
         raise ValueError(f"{source.words} takes images; write the loop yourself, with cobra.calibrate and cobra.attach")
     if source.task in ("classification", "regression") and settings.task not in (None, source.task):
         raise ValueError(f"{source.words} is a {source.task} model, and the task is {settings.task}: take its base model")
+    _check_one_label(source)
     if source.task == "encoder" and settings.task == "causal-lm":
         raise ValueError(f"{source.words} is an encoder: it writes no text; expected a task {TASKS[0]} or {TASKS[1]}")
     if is_language_model(settings, source):
@@ -51,6 +52,21 @@ def check_task(settings: SubjectSettings, source: Source) -> None:
             raise ValueError("pair is for classification and regression; a language model has prompt and response")
     elif settings.prompt is not None:
         raise ValueError(f"prompt and response are for language models, and {source.words} is trained on labels here")
+
+
+def _check_one_label(source: Source) -> None:
+    """Raises ValueError for a classifier or regressor that learns several labels or numbers of a row."""
+    kind, outputs = source.config.problem_type, source.config.num_labels
+    if source.task == "classification" and kind == "multi_label_classification":
+        several = f"{outputs} labels of a row at once (problem_type {kind} in its config.json)"
+    elif source.task == "regression" and outputs > 1:
+        several = f"{outputs} numbers of a row at once (num_labels and problem_type {kind} in its config.json)"
+    else:
+        return
+    raise ValueError(
+        f"{source.words} learns {several}, and rows have one label here: take its base model, or write the loop yourself, with "
+        "cobra.calibrate and cobra.attach"
+    )
 
 
 def is_language_model(settings: SubjectSettings, source: Source) -> bool:

@@ -57,7 +57,7 @@ def prepare(settings: SubjectSettings) -> Subject:
     check_task(settings, source)
     split = read_split(settings, source) if isinstance(settings, TrainSettings) else read_rows(settings, source)
     targets = find_targets(settings, source, split)
-    tokenizer = padded_tokenizer(source.tokenizer())
+    tokenizer = padded_tokenizer(source.tokenizer(), source.padding_side)
     longest = min(settings.longest, source.most_tokens)
     parts = ((split.train, targets.train), (split.test, targets.test))
     if targets.task == "causal-lm":

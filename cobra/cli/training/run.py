@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -60,6 +61,8 @@ def run_training(settings: TrainSettings, resume: bool, interruption: Interrupti
         config = adapter_config(settings, subject)
         scores = None if settings.scores is None else LayerScores.load(settings.scores)
         cobra.attach(subject.model, config, scores).detach()  # what it refuses, it refuses before the long work
+        if _calibrates(settings, config) and scores is None and not (folder / names.SCORES).is_file():
+            _check_calibration(settings, subject, config)
     if resume:
         _check_same_data(folder, subject)
     else:
@@ -92,7 +95,7 @@ def _run(
     with stages.of("evaluate before"):
         before = _before(folder, subject, test)
     scores = None
-    if settings.method == "cobra" and (settings.scores is not None or config.reads_scores):
+    if settings.scores is not None or _calibrates(settings, config):
         with stages.of("calibrate"):
             scores = _scores(settings, subject, folder, config)
     adapter = cobra.attach(subject.model, config, scores)
@@ -133,6 +136,28 @@ def _run(
 
 
 # stages
+
+
+def _calibrates(settings: TrainSettings, config: cobra.CobraConfig) -> bool:
+    return settings.method == "cobra" and config.reads_scores
+
+
+def _check_calibration(settings: TrainSettings, subject: Subject, config: cobra.CobraConfig) -> None:
+    """Raises ValueError where the model cannot be calibrated, as one step on two rows tells, with what needs no calibration."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of one step
+            cobra.calibrate(
+                subject.model,
+                subject.batches(subject.train[:2], 2),
+                steps=1,
+                estimator=settings.estimator,
+                baseline=settings.baseline,
+                target_modules=config.target_modules,
+                progress=False,
+            )
+    except ValueError as error:
+        raise ValueError(f"{error}; or train without a calibration: --preset singular, or --method lora") from error
 
 
 def _before(folder: RunFolder, subject: Subject, test: list) -> dict:

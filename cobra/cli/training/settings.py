@@ -82,11 +82,18 @@ class TrainSettings(SubjectSettings):
     eval_share: float = setting(0.1, "Of the data, to evaluate on.", above=0, below=1)
     train_examples: int | None = setting(None, "The most to train on.", least=1)
     eval_examples: int | None = setting(None, "The most to evaluate on.", least=1)
-    method: str = setting("cobra", "lora: equal ranks, no gates, no calibration.", choices=("cobra", "lora"))
+    method: str = setting(
+        "cobra",
+        "lora: equal ranks, as many as the budget and r-max allow; no gates, no calibration.",
+        choices=("cobra", "lora"),
+    )
     budget: int | None = setting(None, f"What may be kept, in the unit; by default {AVERAGE_RANK} ranks a layer.", least=0)
     unit: str = setting("ranks", "Of the budget: bytes of the matrices, flops of a token's forward.", choices=UNITS)
     r_max: int | None = setting(
-        None, "Gates of a layer in the search, its largest rank; by default 16, of singular 8 times the average rank.", least=1
+        None,
+        "Gates of a layer in the search, its largest rank; by default 16, of singular 8 times the average rank. With lora the "
+        "largest that the equal rank, which is the budget's, may be.",
+        least=1,
     )
     multiple: int = setting(1, "Every rank is a multiple of this.", least=1)
     tied: tuple[str, ...] = setting((), "Equal ranks: qkv, gate_up, experts, or a regular expression.")

@@ -14,9 +14,9 @@ Row = dict[str, list[int] | int | float]
 Collator = Callable[[list[Row]], dict[str, Tensor]]
 
 
-def padded_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the right, with whatever token where it has none to pad with: the mask covers it."""
-    tokenizer.padding_side = "right"
+def padded_tokenizer(tokenizer: PreTrainedTokenizerBase, side: str = "right") -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on this side, with whatever token where it has none to pad with: the mask covers it."""
+    tokenizer.padding_side = side
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
