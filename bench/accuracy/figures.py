@@ -38,7 +38,7 @@ STYLES = {
     "cobra": ("#2e86c1", "o", "-"),
     "cobra+quick": ("#2e86c1", "D", ":"),
     "cobra+long": ("#2e86c1", "X", "-."),
-    "cobra+long+quick": ("#1b4f72", "X", ":"),
+    "cobra+long+quick": ("#2e86c1", "P", ":"),
     "cobra+singular": ("#2e86c1", "^", "--"),
     "full": ("#7f868e", "X", ":"),
 }
