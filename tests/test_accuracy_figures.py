@@ -42,6 +42,17 @@ def test_other_conditions_have_no_panel_of_ranks():
     assert {p["label"] for p in figures.differences(rows, summary)} == {"hyper, r = 2", "hyper, steps 50, r = 2"}
 
 
+def test_a_collapse_is_drawn_at_the_edge():
+    """Its mark points outwards, and the axis stays wide enough for the others to be told apart."""
+    order, common = ["minilm", "", "foods", 2], {"method": "cobra", "kind": "regression", "verdict": "tie"}
+    values = {"foods": (-2.0, 2.0, 6.0), "tweets": (-900.0, -200.0, 500.0)}
+    points = [{"label": k, "order": order, **common, "low": a, "mean": b, "high": c} for k, (a, b, c) in values.items()]
+    (axis,) = figures.draw_differences(points).axes
+    marks = {line.get_marker(): line.get_xdata()[0] for line in axis.lines if line.get_marker() != "None"}
+    assert marks == {"o": 2.0, "<": -figures.FURTHEST}
+    assert max(map(abs, axis.get_xlim())) < 1.1 * figures.FURTHEST
+
+
 def test_labels_of_many_ticks_leave_each_other_room():
     few, many = (0.22222, 2, 8), [2.5e-5 * 2**k for k in range(10)]
     assert figures._labels(few) == ["0.22", "2", "8"] and figures._labels([8]) == ["8"]

@@ -43,6 +43,7 @@ STYLES = {
     "full": ("#7f868e", "X", ":"),
 }
 OTHER = ("#c2558f", "X", "-")
+FURTHEST = 25  # points or per cent that differences are drawn to: one run that collapsed would hide all others
 STYLE = {
     "axes.edgecolor": FAINT,
     "axes.facecolor": "none",
@@ -112,7 +113,7 @@ def differences(rows: Sequence[dict], summary: Summary) -> Points:
 
 
 def draw_differences(points: Points) -> Figure:
-    """Methods across, cells down; filled marks are significant."""
+    """Methods across, cells down; filled marks are significant. What lies further from 0 than `FURTHEST` is at the edge."""
     kinds, methods = sorted({p["kind"] for p in points}), sort_methods(p["method"] for p in points)
     labels = {kind: [] for kind in kinds}
     for point in sorted(points, key=lambda p: p["order"]):
@@ -132,6 +133,8 @@ def draw_differences(points: Points) -> Figure:
             for point in mine:
                 _forest_mark(axis, point, labels[kind].index(point["label"]))
             axis.set(title=method, xlabel="points" if kind == "classification" else "% less loss")
+        low, high = row[0].get_xlim()
+        row[0].set_xlim(max(low, -1.05 * FURTHEST), min(high, 1.05 * FURTHEST))
         row[0].yaxis.set_major_locator(FixedLocator(range(len(labels[kind]))))
         row[0].set(yticklabels=labels[kind], ylim=(len(labels[kind]) - 0.5, -0.5))
     return figure
@@ -190,7 +193,7 @@ FIGURES = {
     "differences": (
         differences,
         draw_differences,
-        "Gains over LoRA, with 95 % intervals; filled: significant after Holm's correction",
+        "Gains over LoRA, with 95 % intervals; filled: significant after Holm's correction; arrows: beyond the axis",
     ),
     "learning-rates": (learning_rates, draw_learning_rates, "Validation results by learning rate"),
 }
@@ -260,9 +263,11 @@ def _line_with_intervals(axis: Axes, method: str, x: Sequence[float], points: Po
 def _forest_mark(axis: Axes, point: dict, place: int) -> None:
     colour, marker, _ = STYLES.get(point["method"], OTHER)
     if point["low"] is not None:
-        axis.hlines(place, point["low"], point["high"], colour, linewidth=1.2)
+        axis.hlines(place, max(point["low"], -FURTHEST), min(point["high"], FURTHEST), colour, linewidth=1.2)
     face = colour if point["verdict"] in ("win", "loss") else "none"
-    axis.plot(point["mean"], place, marker=marker, markersize=4.5, color=colour, markerfacecolor=face, linestyle="none")
+    mean = max(-FURTHEST, min(FURTHEST, point["mean"]))
+    marker = marker if mean == point["mean"] else "<" if mean < 0 else ">"
+    axis.plot(mean, place, marker=marker, markersize=4.5, color=colour, markerfacecolor=face, linestyle="none")
 
 
 def _ticks(axis: Axes, values: Sequence[float]) -> None:
