@@ -37,15 +37,15 @@ UNSAID = {"basis": "gates", "init_scale": 1.0}  # what COBRA's forms have where 
 FORMS = ("cobra", "cobra+quick", "cobra+long", "cobra+long+quick", "cobra+singular")
 SETTINGS = {
     "paper": PAPER,
-    "cobra+long": LONG_COBRA,
     "singular": SINGULAR,
-    "cobra+singular": JOINT,
     "cobra": COBRA,
-    "cobra+long+quick": LONG_COBRA,
     "cobra+quick": COBRA,
+    "cobra+long": LONG_COBRA,
+    "cobra+long+quick": LONG_COBRA,
+    "cobra+singular": JOINT,
 }
 # fields of a recipe that belong to the method
-MEASURED = {"cobra+long+quick": {"calibration_examples": 16}, "cobra+quick": {"calibration_examples": 16}}
+MEASURED = {"cobra+quick": {"calibration_examples": 16}, "cobra+long+quick": {"calibration_examples": 16}}
 TIGHT = 2 / 9  # the parameters of rank 1 on the layers below, over those of rank 1 on all linear layers of MiniLM
 # at an average rank below 1 LoRA has to choose layers: its usual choice, at rank 1
 FEW_LAYERS = {
