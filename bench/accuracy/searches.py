@@ -13,7 +13,7 @@ from bench.accuracy.statistics import Choice, select_best
 from bench.accuracy.tasks import kind_of
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-PEERS = ("lora", "cobra+long", "adalora")  # run in nearly all conditions; COBRA's default form, which is later, where it says so
+PEERS = ("lora", "cobra+long", "adalora")  # run in nearly all conditions, COBRA's default form in those that name it
 VARIANTS = ("rslora", "dora", "eva")
 SEARCH_SEEDS = (100, 101, 102)  # of no final run
 SEARCH_SEED = SEARCH_SEEDS[0]
