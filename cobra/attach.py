@@ -13,11 +13,11 @@ from cobra.adapter import Adapter
 from cobra.budget import Budget, allocate
 from cobra.config import CobraConfig
 from cobra.group import Group, cost_of_rank
+from cobra.heads import check_trainable, head_of_adapter, heads_to_train, warn_of_tied_heads
 from cobra.linear import HARD_STRETCH, CobraLinear, share_hooks
 from cobra.lora import LoraAdapter, LoraLayer, check_forward, check_layer, check_names
-from cobra.prior import fuse, prior_logits
+from cobra.prior import fuse
 from cobra.scores import LayerScores
-from cobra.singular import ROW_NORM
 from cobra.sites import (
     Site,
     blocks_of,
@@ -26,10 +26,9 @@ from cobra.sites import (
     is_linear,
     is_quantised_linear,
     linear_names,
-    quantised,
     refuse_peft_layers,
-    task_heads,
 )
+from cobra.starts import directions_to_start_from, prior_of_gates, start_from
 
 
 @torch.inference_mode(False)  # parameters made in it could not be trained
@@ -68,11 +67,11 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
             f"{budget.amount * len(members)}. Where fewer than one a {of} is meant, cobra.Budget({budget.amount}) says so",
             stacklevel=3,  # the decorator's frame is between
         )
-    priors = _priors(members, ranks, config, scores)
-    starts = _starts(sites, config, scores)
-    heads = _heads(model, config, sites)
-    _check_trainable(heads)
-    _warn_of_tied_heads(model, heads)
+    priors = prior_of_gates(members, ranks, config, scores)
+    starts = directions_to_start_from(sites, config, scores)
+    heads = heads_to_train(model, config, sites)
+    check_trainable(heads)
+    warn_of_tied_heads(model, heads)
 
     average_rank = budget.amount / (len(members) if budget.unit == "ranks" else sum(costs))
     cut = sum(map(math.prod, zip(ranks, costs, strict=True))) > allocation.spent
@@ -106,8 +105,8 @@ def attach_lora(model: nn.Module, lora: LoraAdapter) -> Adapter:
         check_layer(model, name, layer)
         check_forward(model, name)
     check_names(model, layers)
-    heads = {name: _head(model, name, state) for name, state in lora.heads.items()}
-    _check_trainable(heads)
+    heads = {name: head_of_adapter(model, name, state) for name, state in lora.heads.items()}
+    check_trainable(heads)
     sites = find_sites(model, lambda name, module: name in layers, allow_quantised=True)
     for site in sites:
         _check_one_update(site, layers)
@@ -165,20 +164,6 @@ def _check_backend(sites: list[Site], config: CobraConfig) -> None:
             f"{held[0]}: backend='triton' reads the weight itself, and {len(held)} target layers are quantised; "
             "set backend='auto', or target other layers"
         )
-
-
-def _head(model: nn.Module, name: str, state: dict[str, torch.Tensor]) -> nn.Module:
-    """The module whose weights the adapter brings."""
-    found = dict(model.named_modules()).get(name)
-    if found is None:
-        raise ValueError(f"the adapter brings a head {name!r}, which this model lacks")
-    shapes = {key: tuple(value.shape) for key, value in found.state_dict().items()}
-    brought = {key: tuple(value.shape) for key, value in state.items()}
-    if shapes != brought:
-        raise ValueError(
-            f"head {name!r} is {shapes} here and {brought} in the adapter; make the model with the adapter's labels"
-        )
-    return found
 
 
 def _check_one_update(site: Site, layers: dict[str, LoraLayer]) -> None:
@@ -253,115 +238,6 @@ def _groups(model: nn.Module, sites: list[Site], config: CobraConfig, scores: La
     return groups
 
 
-def _priors(
-    members: dict[str, list[Site]], ranks: list[int], config: CobraConfig, scores: LayerScores | None
-) -> list[tuple[float, ...]]:
-    """Prior logits of every group's gates."""
-    opened = math.log(config.open_probability / (1 - config.open_probability))
-    if scores is None:
-        return [(opened,) * rank for rank in ranks]
-    row = {name: i for i, name in enumerate(scores.sites)}
-    rows = [row[name] for name in members]
-    if config.prior_level == "group":
-        pi = fuse(scores.conductance[rows], scores.gradient[rows], config.fusion)
-        logits = prior_logits(pi, config.gamma, config.prior_scale).repeat_interleave(torch.tensor(ranks))
-    else:
-        demand = [_directions_of(group, rank, scores) for group, rank in zip(members.values(), ranks, strict=True)]
-        phi = scores.conductance[rows].repeat_interleave(torch.tensor(ranks))
-        logits = prior_logits(fuse(phi, torch.cat(demand), config.fusion), config.gamma, config.prior_scale)
-    # in fp32, the logits' own precision, so that the KL starts at exactly 0
-    return [tuple(part.float().tolist()) for part in (logits + opened).split(ranks)]
-
-
-def _directions_of(group: list[Site], rank: int, scores: LayerScores) -> torch.Tensor:
-    """(rank,) gradient demand of each gate of a group: the root of Σ σ_k² over its layers."""
-    squares = [_directions(site.name, rank, scores).square().sum(1) for site in group]
-    return torch.stack(squares).sum(0).sqrt()
-
-
-def _directions(name: str, rank: int, scores: LayerScores) -> torch.Tensor:
-    found = scores.directions.get(name)
-    if found is None or len(found) < rank:
-        kept = 0 if found is None else len(found)
-        raise ValueError(
-            f"{name}: the scores keep {kept} gradient directions and the config needs {rank}; "
-            f"calibrate(..., directions={rank}), or lower r_max"
-        )
-    return found[:rank]
-
-
-def _starts(sites: list[Site], config: CobraConfig, scores: LayerScores | None) -> dict[str, torch.Tensor]:
-    """Layer -> directions that its lora_A starts from."""
-    if config.init == "uniform":
-        return {}
-    if config.init == "auto":
-        kept = {} if scores is None else scores.directions
-        return {site.name: kept[site.name] for site in sites if site.name in kept}
-    if scores is None:
-        raise ValueError("init='gradient' starts from a calibration: pass scores made with directions=r_max")
-    return {site.name: _directions(site.name, min(config.r_max, site.in_features, site.out_features), scores) for site in sites}
-
-
-@torch.no_grad()
-def _start_from(layer: CobraLinear, directions: torch.Tensor, scale: float) -> None:
-    """lora_A's rows along the directions, at `scale` times the length that drawn rows have; rows without a direction stay as
-    drawn."""
-    rows = directions[: layer.rank].to(layer.lora_A)
-    norms = rows.norm(dim=1, keepdim=True)
-    unit = rows / norms.clamp(min=torch.finfo(rows.dtype).tiny) * scale * ROW_NORM
-    layer.lora_A[: len(rows)] = torch.where(norms > 0, unit, layer.lora_A[: len(rows)])
-
-
-def _heads(model: nn.Module, config: CobraConfig, sites: list[Site]) -> dict[str, nn.Module]:
-    """The modules trained whole."""
-    adapted = {name for site in sites for name, _ in site.modules}
-    if config.modules_to_save == "auto":
-        adapted_modules = {id(module) for site in sites for _, module in site.modules}
-        return {
-            name: head
-            for name, head in task_heads(model).items()
-            if not any(id(part) in adapted_modules for part in head.modules())
-        }
-    wanted = config.modules_to_save
-    wanted = (wanted,) if isinstance(wanted, str) else wanted
-    found: dict[str, nn.Module] = {}
-    for ending in wanted:
-        matches = {n: m for n, m in model.named_modules() if n == ending or n.endswith(f".{ending}")}
-        if not matches:
-            raise ValueError(f"modules_to_save: the model has no module {ending!r}")
-        both = [a for a in adapted if any(a == n or a.startswith(f"{n}.") for n in matches)]
-        if both:
-            raise ValueError(f"modules_to_save and target_modules both name {sorted(both)[0]!r}; leave it out of one")
-        found |= matches
-    return found
-
-
-def _check_trainable(heads: dict[str, nn.Module]) -> None:
-    """Raises ValueError for heads whose weights are quantised: transformers' quantises a classifier with the rest."""
-    for name, head in heads.items():
-        for part in head.modules():
-            if kept := quantised(part):
-                raise ValueError(
-                    f"modules_to_save: {name} is trained whole and its weight is {kept}, which has no gradient: keep it out of "
-                    f"the quantisation (llm_int8_skip_modules=[{name!r}] in bitsandbytes' config), or attach with "
-                    "modules_to_save=()"
-                )
-
-
-def _warn_of_tied_heads(model: nn.Module, heads: dict[str, nn.Module]) -> None:
-    """peft gives every module of modules_to_save weights of its own: what they are tied to would stay as in the base."""
-    within = {id(part) for head in heads.values() for part in head.modules()}
-    owners = {id(p): name for name, head in heads.items() for p in head.parameters()}
-    for name, module in model.named_modules():
-        tied = [owners[id(p)] for p in module.parameters(recurse=False) if id(p) in owners]
-        if tied and id(module) not in within:
-            warnings.warn(
-                f"modules_to_save: {tied[0]} shares a weight with {name}, which is trained with it here and stays as in the "
-                f"base where peft loads the saved adapter: name both of them, or leave {tied[0]} out",
-                stacklevel=4,
-            )
-
-
 def _attach_group(
     model: nn.Module,
     config: CobraConfig,
@@ -385,7 +261,7 @@ def _attach_group(
         first.straight_through, first.backend = config.gate == "straight_through", config.backend
         first.stretch = HARD_STRETCH if config.gate == "hard_concrete" else None
         if site.name in starts:
-            _start_from(first, starts[site.name], config.init_scale)
+            start_from(first, starts[site.name], config.init_scale)
         if layers:
             first.lora_gate = layers[0][0].lora_gate
         layers.append(_replace(model, site, first))
