@@ -38,7 +38,7 @@ def leave_fast_path(layer: nn.Module) -> None:
     layer.register_forward_pre_hook(_no_change)
 
 
-def share_hooks(layer: CobraLinear, module: nn.Module) -> None:
+def share_hooks(layer: nn.Module, module: nn.Module) -> None:
     """The layer runs the hooks of the module that it takes the place of; one added to or removed from either is so of both."""
     for name in HOOKS:
         setattr(layer, name, getattr(module, name))
@@ -48,7 +48,7 @@ def share_hooks(layer: CobraLinear, module: nn.Module) -> None:
 
 def hand_back_hooks(layer: nn.Module, module: nn.Module) -> None:
     """The module that takes its place back from the layer keeps their hooks, and the fast path."""
-    if isinstance(layer, CobraLinear):
+    if layer._backward_hooks is module._backward_hooks:  # nobody has put another module there
         module._is_full_backward_hook = layer._is_full_backward_hook
     for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _no_change]:
         del module._forward_pre_hooks[key]

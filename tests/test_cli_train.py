@@ -175,6 +175,12 @@ def test_lora_of_a_largest_rank(folders, texts, tmp_path):
     assert config["r"] == 1 and config["rank_pattern"] == {}
 
 
+def test_lora_of_a_multiple(folders, texts, tmp_path):
+    """The budget's rank, 3, goes down to it."""
+    data = ("--model", folders["classifier"], "--data", texts, *QUICK, "--method", "lora", "--budget", 40)
+    assert done(*data, "--multiple", 2, "--out", tmp_path / "r")["ranks"] == 26
+
+
 def test_xlnet(texts, tmp_path):
     """Its layers see tokens first: what would be calibrated is refused with what needs no calibration, which trains."""
     sizes = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32}
@@ -235,6 +241,8 @@ def test_presets_bring_their_width_and_their_cut(folders, texts, tmp_path, prese
         ((0,), "budget=0 ranks: the cheapest rank costs 1; raise it to at least 1"),
         ((1, "--multiple", 2, "--tied", "qkv"), "budget=1 ranks: the fewest ranks that multiple and tied allow cost 2"),
         ((0, "--method", "lora"), "budget=0 ranks: one rank in each of 13 layers takes 13"),
+        ((25, "--method", "lora", "--multiple", 2), "budget=25 ranks: multiple=2 ranks in each of 13 layers takes 26"),
+        ((26, "--method", "lora", "--multiple", 2, "--r-max", 1), "r_max=1: every rank is a multiple of 2; raise r_max to at"),
     ],
 )
 def test_a_budget_below_the_cheapest_rank(folders, texts, tmp_path, options, message):

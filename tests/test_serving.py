@@ -87,6 +87,22 @@ def test_state_dict_and_detach():
     assert state_of(model) == before
 
 
+def test_hooks_of_the_layers_run_on():
+    """Those of before, and those put on while adapters are served, which stay when they are taken off."""
+    model, seen = vit().eval(), []
+    name = next(name for name, module in model.named_modules() if name.endswith("o_proj"))
+    model.get_submodule(name).register_forward_hook(lambda module, args, y: seen.append("before"))
+    served = serve(model, adapters_of(vit))
+    model.get_submodule(name).register_forward_hook(lambda module, args, y: seen.append("within"))
+    with served.use("a0"):
+        logits_of(model, image_batch())
+    assert seen == ["before", "within"]
+    served.detach()
+    logits_of(model, image_batch())
+    assert seen == ["before", "within"] * 2
+    assert not model.get_submodule(name)._forward_pre_hooks
+
+
 def test_add_and_remove():
     """Adapters come and go without the others noticing."""
     adapters, model = adapters_of(vit), vit().eval()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cobra.layout import batch_second
-from cobra.linear import CobraLinear, leave_fast_path, nesting_encoders
+from cobra.linear import CobraLinear, hand_back_hooks, nesting_encoders, share_hooks
 from cobra.lora import LoraAdapter, LoraLayer, check_forward, check_layer, check_names
 from cobra.sites import find_sites, is_conv1d, linear_weight
 from cobra_kernels.packed_lora import Segments, packed_lora_, segment_tokens
@@ -25,7 +25,7 @@ _IN_EXPERT = re.compile(r"(^|\.)experts?(_?\d+)?\.")  # as transformers' models 
 
 
 class PackedLinear(nn.Linear):
-    """The base layer and the packed matrices of all adapters. State-dict keys are the base layer's.
+    """The base layer and the packed matrices of all adapters. State-dict keys and hooks are the base layer's.
 
     lora_A: (R, K), lora_B: (N, R), in the weight's dtype; ranks: of every adapter, in the order of `ServedAdapters.names`
     """
@@ -36,7 +36,7 @@ class PackedLinear(nn.Linear):
         self.out_features, self.in_features = linear_weight(linear).shape
         self.rows, self.ranks = rows, ()
         self.expert = name if _IN_EXPERT.search(name) else None
-        leave_fast_path(self)
+        share_hooks(self, linear)
         self.register_buffer("lora_A", self.weight.new_empty(0, self.in_features), persistent=False)
         self.register_buffer("lora_B", self.weight.new_empty(0, self.out_features).t(), persistent=False)
         self.train(linear.training)
@@ -172,6 +172,7 @@ class ServedAdapters:
         """Puts the base model's own modules back."""
         for name, module in self._modules.items():
             module.train(self.model.training)
+            hand_back_hooks(self.model.get_submodule(name), module)
             self.model.set_submodule(name, module)
         self._set_nested_tensors(True)
         self._detached = True

@@ -19,7 +19,7 @@ from cobra.sites import blocks_of, find_sites, linear_names
 def adapter_config(settings: TrainSettings, subject: Subject) -> cobra.CobraConfig:
     """The adapter's, with the whole budget; raises ValueError where it does not reach for a rank, of plain LoRA one a layer.
 
-    Plain LoRA has in every layer the rank that the budget gives, or r_max where that is less.
+    Plain LoRA has in every layer the rank that the budget gives, or r_max where that is less, down to a multiple.
     """
     search = max(1, round(settings.share_of_search * number_of_steps(settings, subject)))
     plain = settings.config(0, total_steps=search)
@@ -39,10 +39,14 @@ def adapter_config(settings: TrainSettings, subject: Subject) -> cobra.CobraConf
         config = replace(plain, rank_budget=budget, **wide)
         ranks = (min(config.r_max, *(min(shape) for shape in group)) for group in shapes.values())
         return config.resolved(average, cut=sum(map(math.prod, zip(ranks, costs, strict=True))) > amount)
-    rank = amount // sum(costs)
-    if rank < 1:
-        raise ValueError(f"budget={amount} {settings.unit}: one rank in each of {len(costs)} layers takes {sum(costs)}")
-    rank = min(rank, settings.r_max or rank)
+    rank, least = amount // sum(costs), settings.multiple
+    if rank < least:
+        ranks = "one rank" if least == 1 else f"multiple={least} ranks"
+        raise ValueError(f"budget={amount} {settings.unit}: {ranks} in each of {len(costs)} layers takes {least * sum(costs)}")
+    widest = settings.r_max or rank
+    if widest < least:
+        raise ValueError(f"r_max={widest}: every rank is a multiple of {least}; raise r_max to at least {least}")
+    rank = min(rank, widest) // least * least
     ranks = sum(min(rank, *(min(shape) for shape in group)) for group in shapes.values())
     return replace(plain, rank_budget=ranks, r_max=rank)
 
