@@ -4,7 +4,7 @@ import pytest
 from accuracy_rows import row
 
 from bench.accuracy.factors import effects, row_lengths
-from bench.accuracy.forms import LONG_COBRA
+from bench.accuracy.forms import COBRA, LONG_COBRA
 
 
 def study(seeds=3, tasks=("hyper", "topics")) -> list[dict]:
@@ -80,6 +80,23 @@ def test_of_two_rates_the_first_is_the_references():
     rows = [row("cobra", "hyper", 2, 0, "ablation", 0.8, lr=lr, settings=tuple((LONG_COBRA | p).items())) for p, lr in tried]
     found = effects(rows, "ablation")
     assert found[0].changed == "" and "lr: 0.004 → 0.002" in [e.changed for e in found]
+
+
+def test_settings_are_beside_the_form_that_they_are_nearest_to():
+    """Both where they are as near to both; a form that nothing is nearest to is a change of the other."""
+    gate, start = {"gate": "open"}, {"init": "uniform"}
+
+    def found(*tried):
+        rows = [row("cobra", "hyper", 2, 0, "ablation", 0.8, settings=tuple(settings.items())) for settings in tried]
+        return {form: {e.changed for e in effects(rows, "ablation") if e.form == form} for form in ("cobra", "cobra+long")}
+
+    third, usual = "row_scale: 0.333333 →", "row_scale: default →"
+    both = LONG_COBRA | start | {"row_scale": 3.0}
+    assert found(LONG_COBRA, LONG_COBRA | gate, COBRA, COBRA | gate, both) == {
+        "cobra": {"", "gate: concrete → open", f"{third} default", f"init: gradient → uniform; {third} 3"},
+        "cobra+long": {"", "gate: concrete → open", f"{usual} 0.333333", f"init: gradient → uniform; {usual} 3"},
+    }
+    assert found(LONG_COBRA, LONG_COBRA | gate, COBRA)["cobra"] == set()
 
 
 def test_rows_of_another_length_are_beside_the_same_settings():

@@ -8,10 +8,10 @@ from accuracy_models import encoded, started, tiny
 from models import Mlp, attached, layers_of, stir
 
 import cobra
-from bench.accuracy.forms import LONG_COBRA
+from bench.accuracy.forms import FITTED, LONG_COBRA
 from bench.accuracy.methods import attach, budget_parameters
 from bench.accuracy.run import _train
-from bench.accuracy.variants import Growth, draw_per_example, scale_rows
+from bench.accuracy.variants import Growth, draw_per_example, fit_rows, scale_rows
 from cobra.sites import find_sites
 
 
@@ -24,6 +24,28 @@ def test_rows_of_another_length():
     torch.testing.assert_close(model(x), expected)
     for layer, rows in zip(layers_of(adapter), before, strict=True):
         torch.testing.assert_close(layer.lora_A, 3 * rows)
+
+
+def test_rows_fitted_to_what_they_see():
+    """Over tokens that are not padding each row sees the same, what drawn rows see on average; the outputs stay."""
+    model, seen = started(), {}
+    adapter = cobra.attach(model, cobra.CobraConfig(rank_budget=72, r_max=4, gate="open"))
+    batches = [encoded().batch(range(4)), encoded().batch(range(4, 9))]
+    batches[0]["attention_mask"][:, -3:] = 0
+    expected = model.eval()(**batches[0]).logits
+    fit_rows(adapter, batches)
+    torch.testing.assert_close(model(**batches[0]).logits, expected)
+    for layer in layers_of(adapter):
+        layer.register_forward_pre_hook(lambda layer, args: seen.setdefault(layer, []).append(args[0]))
+    for batch in batches:
+        model(**batch)
+    kept = torch.cat([batch["attention_mask"].bool().flatten() for batch in batches])
+    for layer, inputs in seen.items():
+        x = torch.cat([each.flatten(0, 1) for each in inputs])[kept]
+        drawn = torch.empty(2000, layer.in_features).uniform_(-1, 1) * layer.in_features**-0.5
+        sees = (x @ layer.lora_A.t()).square().mean(0)
+        torch.testing.assert_close(sees, (x @ drawn.t()).square().mean().expand_as(sees), rtol=0.2, atol=0)
+        torch.testing.assert_close(sees, sees.mean().expand_as(sees))
 
 
 def test_every_example_has_gates_of_its_own():
@@ -81,12 +103,17 @@ def scores() -> cobra.LayerScores:
 @pytest.mark.filterwarnings("ignore:the path integral misses")
 @pytest.mark.parametrize(
     "change",
-    [{"drawn": "example", "row_scale": 3.0}, {"gate": "open", "rounds": 3}, {"gate": "hard_concrete", "objective": "count"}],
+    [
+        {"drawn": "example", "row_scale": 3.0},
+        {"row_scale": FITTED},
+        {"gate": "open", "rounds": 3},
+        {"gate": "hard_concrete", "objective": "count"},
+    ],
     ids=str,
 )
 def test_variants_of_the_form_end_at_its_budget(change):
     recipe = tiny("cobra", rank=8, settings=tuple({**LONG_COBRA, **change}.items()))
-    found = attach(recipe, started(), scores(), list)
+    found = attach(recipe, started(), scores(), lambda: [encoded().batch(range(6))])
     losses = _train(found, encoded(), recipe)
     assert torch.tensor(losses).isfinite().all()
     ranks, budget = found.ranks(), budget_parameters(find_sites(started()), 8)

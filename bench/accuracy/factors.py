@@ -48,12 +48,12 @@ def effects(rows: Sequence[dict], phase: str = "factor") -> list[Effect]:
     studies, failed = _studies(rows, phase)
     found = []
     for study, configs in sorted(studies.items()):
-        reference = _reference(configs)
-        place = (*study[:2], _form(json.loads(reference)) if phase == "ablation" else "")
-        effect = {config: _effect(place, configs, config, reference, failed[study[1], config]) for config in configs}
-        changes = [effect[config] for config in configs if config != reference]
-        changes.sort(key=lambda e: (e.mean is None, -e.mean.mean if e.mean else 0.0, e.changed))
-        found += [effect[reference], *changes]
+        for reference, near in _references(configs).items():
+            place = (*study[:2], _form(json.loads(reference)) if phase == "ablation" else "")
+            effect = {config: _effect(place, configs, config, reference, failed[study[1], config]) for config in near}
+            changes = [effect[config] for config in near if config != reference]
+            changes.sort(key=lambda e: (e.mean is None, -e.mean.mean if e.mean else 0.0, e.changed))
+            found += [effect[reference], *changes]
     return found
 
 
@@ -106,6 +106,21 @@ def _reference(configs: dict[str, dict]) -> str:
         return differences, -len(configs[text]), len(read[text]["settings"]), text
 
     return min(configs, key=distance)
+
+
+def _references(configs: dict[str, dict]) -> dict[str, list[str]]:
+    """The reference, and other forms that some settings are nearer to: each with the other forms and what is no nearer to
+    those."""
+    read, main = {text: json.loads(text) for text in configs}, _reference(configs)
+    first = {_form(read[text]): text for text in reversed(configs)}
+    forms = [main, *(text for name, text in sorted(first.items()) if name not in ("", _form(read[main])))]
+    away = {text: [len(differing(read[form], read[text])) for form in forms] for text in configs if text not in forms}
+    found = {}
+    for i, form in enumerate(forms):
+        alike = [text for text, steps in away.items() if steps[i] == min(steps)]
+        if form == main or any(away[text].count(away[text][i]) == 1 for text in alike):
+            found[form] = forms + alike
+    return found
 
 
 def _form(config: dict) -> str:

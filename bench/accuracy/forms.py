@@ -31,7 +31,7 @@ LONG_COBRA = {
 # ranks from a wide search without gates or calibration: what the singular directions alone decide
 SINGULAR = {"gate": "open", "init": "uniform", "basis": "singular", "r_max_multiple": 8, "cut": 0.4, "scores": False}
 JOINT = {**LONG_COBRA, "basis": "singular"}  # gates, and a cut that ranks what they leave of every direction
-LONG_ROWS, SHORT_ROWS = 3.0, 1 / 3
+LONG_ROWS, SHORT_ROWS, FITTED = 3.0, 1 / 3, "fitted"  # the last to every row's own inputs
 COBRA = {**LONG_COBRA, "row_scale": SHORT_ROWS}
 UNSAID = {"basis": "gates", "init_scale": 1.0}  # what COBRA's forms have where they do not say it
 FORMS = ("cobra", "cobra+quick", "cobra+long", "cobra+long+quick", "cobra+singular")
@@ -72,6 +72,15 @@ REGRESSION_PARTS = (
     {"row_scale": SHORT_ROWS},
     {"gate": "open", "r_max_multiple": 1, "init": "uniform", "row_scale": LONG_ROWS},
     {"open_probability": 0.5},
+)
+DEFAULT_PARTS = (
+    {},
+    {"gate": "open"},
+    {"gate": "open", "r_max_multiple": 1},
+    {"gamma": 0.0},
+    {"cut": 0.1},
+    {"row_scale": FITTED},
+    {"row_scale": FITTED, "lr": 2.0},
 )
 SINGULAR_PARTS = (
     {},
@@ -180,6 +189,7 @@ WIDE_PARTS = (
 )
 # what a study is relative to, by the name of the form
 REFERENCES = {
+    "cobra": (COBRA,),
     "cobra+long": (LONG_COBRA, FEW_LAYERS["cobra+long"]),
     "published": (PAPER,),
     "singular": (SINGULAR,),

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import cobra
-from bench.accuracy.forms import FORMS, UNSAID
+from bench.accuracy.forms import FITTED, FORMS, UNSAID
 from bench.accuracy.recipe import Recipe
-from bench.accuracy.variants import Growth, draw_per_example, scale_rows
+from bench.accuracy.variants import Growth, draw_per_example, fit_rows, scale_rows
 from cobra.config import PRESETS
 from cobra.plan import RankPlan
 from cobra.sites import Site, find_sites
@@ -64,7 +64,7 @@ def attach(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None, b
     if recipe.method in PEFT:
         return _peft(recipe, model, batches)
     if recipe.method in COBRA:
-        return _cobra(recipe, model, scores)
+        return _cobra(recipe, model, scores, batches)
     if recipe.method == FULL:
         return _full(recipe, model)
     raise ValueError(f"method={recipe.method!r} is not one of {', '.join(METHODS)}")
@@ -189,7 +189,7 @@ def _adalora(recipe: Recipe, model: nn.Module, shapes: dict[str, int], common: d
     return Attached(wrapped, optimizer, kept, cost, after_step=after_step)
 
 
-def _cobra(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None) -> Attached:
+def _cobra(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None, batches: Callable[[], Sequence]) -> Attached:
     options = recipe.options
     sites = [s for s in find_sites(model) if scores is None or s.name not in scores.unused]
     amount = budget_parameters(sites, recipe.average_rank)
@@ -202,7 +202,10 @@ def _cobra(recipe: Recipe, model: nn.Module, scores: cobra.LayerScores | None) -
     cut, drawn, rounds = round(options.pop("cut", CUT) * recipe.steps), options.pop("drawn", "step"), options.pop("rounds", 0)
     row_scale = options.pop("row_scale", 1.0)
     adapter = cobra.attach(model, _config(recipe, options, budget, r_max=_gates(recipe), total_steps=cut), scores)
-    scale_rows(adapter, row_scale)
+    if row_scale == FITTED:
+        fit_rows(adapter, batches())
+    else:
+        scale_rows(adapter, row_scale)
     if drawn == "example":
         draw_per_example(adapter, recipe.seed)
     growth = Growth(adapter, amount, rounds, cut) if rounds else None

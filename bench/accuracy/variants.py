@@ -1,13 +1,16 @@
-"""What the package does not have, measured beside what it has (`bench.accuracy.forms`): rows of lora_A of another length, gates
-drawn for every example, and ranks that grow in the place of a cut.
+"""What the package does not have, measured beside what it has (`bench.accuracy.forms`): rows of lora_A of another length, or
+each of the length that its inputs ask for, gates drawn for every example, and ranks that grow in the place of a cut.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from cobra import Adapter, CobraLinear
+from cobra.singular import ROW_NORM
 from cobra_kernels import concrete_gates, gated_lora_linear
 
 
@@ -17,6 +20,29 @@ def scale_rows(adapter: Adapter, times: float) -> None:
     for group in adapter.groups:
         for layer in group.all_layers:
             layer.lora_A.mul_(times)
+
+
+@torch.no_grad()
+def fit_rows(adapter: Adapter, batches: Sequence[dict[str, Tensor]]) -> None:
+    """Gives every row a of lora_A the length at which it sees of these batches' tokens x what a drawn row does on average:
+    E[(a·x)²] = ROW_NORM² E‖x‖² / K. Rows that see nothing stay, as the model's outputs do with lora_B at 0.
+    """
+    layers = [layer for group in adapter.groups for layer in group.all_layers]
+    seen = {layer: torch.zeros(layer.rank, device=layer.lora_A.device) for layer in layers}
+    drawn = dict.fromkeys(layers, 0.0)
+
+    def watch(layer: CobraLinear, args: tuple[Tensor]) -> None:
+        x = args[0][batch["attention_mask"].bool()]
+        seen[layer] += (x @ layer.lora_A.t()).square().sum(0)
+        drawn[layer] += ROW_NORM**2 * x.square().sum() / layer.in_features
+
+    watches = [layer.register_forward_pre_hook(watch) for layer in layers]
+    adapter.model.eval()
+    for batch in batches:
+        adapter.model(**batch)
+    for layer, handle in zip(layers, watches, strict=True):
+        handle.remove()
+        layer.lora_A.mul_(torch.where(seen[layer] > 0, (drawn[layer] / seen[layer]).sqrt(), 1.0)[:, None])
 
 
 def draw_per_example(adapter: Adapter, seed: int) -> None:
