@@ -93,7 +93,8 @@ def calibrate(
             for index, (batch, counted) in enumerate(_batches(model, loader, of_all)):
                 entry = find_entry(model, batch, baseline)
                 checked = partial(_checked_loss, model, loss_of) if index == 0 and loss is None else loss_of
-                norms = gradient_norms(model, sites, entry, batch, checked, collected.sums if directions else None)
+                sums = collected.sums if directions else None
+                norms = gradient_norms(model, sites, entry, batch, checked, sums, counted)
                 _check_losses(norms.losses, index)
                 if index == 0:
                     check_layout(model, sites, entry, batch)
@@ -201,6 +202,11 @@ class _Collected:
             bad = [sites[i].name for i in used if not torch.isfinite(values[:, i]).all()]
             if bad:
                 raise ValueError(f"the {name} of {_some(bad)} is not finite; calibrate in fp32 or check these layers' weights")
+        if not (squared[:, used].any() or attributed[:, used].any()):
+            raise ValueError(
+                f"no gradient reaches the {len(used)} layers and none contributes, as with a head that starts at zero: "
+                "all scores are 0; fit or initialise the head first"
+            )
         groups: dict[str, list[int]] = {}
         block = blocks_of((site.name for site in sites), among)
         for i in used:
@@ -291,7 +297,9 @@ def _warn(scores: LayerScores, entered: str, off_path: list[str]) -> None:
             "contribution is 0, and fusion='product' ranks them last: fusion='sum' or 'gradient' does not",
             stacklevel=3,
         )
-    if scores.completeness.path > 0.05:
+    if not scores.completeness.change:
+        warnings.warn("F(x) is F(x0) for every example: what the path runs through does not move the result", stacklevel=3)
+    elif scores.completeness.path > 0.05:
         remedy = _remedy(scores.settings, tokens=entered == TOKENS)
         warnings.warn(f"the path integral misses {scores.completeness.path:.0%} of F(x) - F(x0): {remedy}", stacklevel=3)
 

@@ -167,6 +167,10 @@ class CobraConfig:
         )
         if (self.gate, self.fold) == ("hard_concrete", "mean") and self.basis != "singular":
             raise ValueError("fold='mean' with gate='hard_concrete': a kept gate's mean can be 0; use fold='one'")
+        if self.kl == "concrete" and not self.samples:
+            raise ValueError(
+                f"kl='concrete' is estimated from a draw of the gates, and gate={self.gate!r} has none: use 'bernoulli'"
+            )
         if self.samples and self.total_steps is None:
             raise ValueError(
                 f"gate={self.gate!r} anneals its temperature: pass total_steps, the number of optimizer steps of the search"

@@ -41,17 +41,26 @@ class GradientNorms:
 
 
 def gradient_norms(
-    model: nn.Module, sites: Sequence[Site], entry: Entry, batch: Batch, loss: Loss, sums: GradientSums | None = None
+    model: nn.Module,
+    sites: Sequence[Site],
+    entry: Entry,
+    batch: Batch,
+    loss: Loss,
+    sums: GradientSums | None = None,
+    counted: Tensor | None = None,
 ) -> GradientNorms:
     """Per-example gradient norms of one batch; the model must be frozen (`cobra.watch.frozen`).
 
     loss: (outputs, batch) -> (batch,)
     sums: to which the batch's gradients ∇_W Σ L are added
+    counted: (B,) bool, the examples that are measured, None for all; norms of the others are 0
     """
+    counted = torch.ones(batch.size, dtype=torch.bool) if counted is None else counted
     try:
-        return _batched(model, sites, entry, batch, loss, sums)
+        return _batched(model, sites, entry, batch, loss, sums, counted)
     except _UsedOnSharedInput:
-        return _joined([_batched(model, sites, entry, batch.rows(i, i + 1), loss, sums) for i in range(batch.size)])
+        rows = [(batch.rows(i, i + 1), counted[i : i + 1]) for i in range(batch.size)]
+        return _joined([_batched(model, sites, entry, row, loss, sums, counts) for row, counts in rows])
 
 
 class _UsedOnSharedInput(Exception):
@@ -59,7 +68,13 @@ class _UsedOnSharedInput(Exception):
 
 
 def _batched(
-    model: nn.Module, sites: Sequence[Site], entry: Entry, batch: Batch, loss: Loss, sums: GradientSums | None
+    model: nn.Module,
+    sites: Sequence[Site],
+    entry: Entry,
+    batch: Batch,
+    loss: Loss,
+    sums: GradientSums | None,
+    counted: Tensor,
 ) -> GradientNorms:
     copy = writes_in_place(model)
     calls: dict[int, int] = {}
@@ -97,7 +112,7 @@ def _batched(
             found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(f"loss must return one value per example, shape ({batch.size},); it returned {found}")
         if losses.requires_grad and torch.isfinite(losses).all():
-            losses.sum().backward()
+            losses[counted.to(losses.device)].sum().backward()
     # a use whose output goes nowhere leaves its site waiting: what did arrive is the whole gradient
     for index, pairs in arrived.items():
         squared[:, index] = _joined_norm(pairs).cpu().double()

@@ -154,7 +154,7 @@ class CobraLinear(nn.Linear):
         device = self.weight.device
         self.register_buffer("gate_noise", None, persistent=False)
         self.register_buffer("gate_draw", None, persistent=False)
-        self.register_buffer("gate_temperature", torch.ones((), device=device), persistent=False)
+        self.register_buffer("gate_temperature", torch.ones((), dtype=torch.float32, device=device), persistent=False)
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """lora_A, and lora_B with the scaling and the evaluation gates in it: ΔW = folded lora_B @ lora_A."""
@@ -233,8 +233,9 @@ class CobraLinear(nn.Linear):
         finally:
             self.cut = before
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., K) -> y (..., N)"""
+    def forward(self, input: Tensor) -> Tensor:  # nn.Linear's name for it
+        """input (..., K) -> y (..., N)"""
+        x = input
         shared = None if self.adapter is None else self.adapter.shared_inputs
         if shared is not None and self.cut is None and not torch.compiler.is_compiling():
             y = shared.output(self, x)

@@ -4,8 +4,8 @@
     regression            F = the output (summed over outputs)           L = mean squared error
     language modelling    F = mean log-probability of gold tokens        L = minus F
 
-Told apart by shapes: labels (B,) of integers, labels of floats, labels (B, T) of integers. Label -100 is masked. Integers for a
-transformers classifier that is a regression, by its config, are taken as floats, as its own loss does.
+Told apart by shapes: labels (B,) or (B, 1) of integers, labels of floats, labels (B, T) of integers. Label -100 is masked.
+Integers for a transformers classifier that is a regression, by its config, are taken as floats, as its own loss does.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ IGNORED = -100
 
 def default_target(model: nn.Module, outputs: Any, batch: Batch) -> Tensor:
     """F of every example, (B,)."""
-    logits, labels = _logits(outputs), _labels(model, batch)
-    _check_labels(logits, labels)
+    logits, labels = _logits_and_labels(model, outputs, batch)
     if labels.is_floating_point():
         return logits.reshape(batch.size, -1).float().sum(1)
     if labels.ndim == 1:
@@ -36,8 +35,7 @@ def default_target(model: nn.Module, outputs: Any, batch: Batch) -> Tensor:
 
 def default_loss(model: nn.Module, outputs: Any, batch: Batch) -> Tensor:
     """L of every example, (B,); 0 where all labels are masked."""
-    logits, labels = _logits(outputs), _labels(model, batch)
-    _check_labels(logits, labels)
+    logits, labels = _logits_and_labels(model, outputs, batch)
     if labels.is_floating_point():
         return (
             F.mse_loss(logits.reshape(labels.shape).float(), labels.float(), reduction="none").reshape(batch.size, -1).mean(1)
@@ -99,6 +97,23 @@ def _logits(outputs: Any) -> Tensor:
     return logits
 
 
+def _logits_and_labels(model: nn.Module, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Classes as (B,) where they came as (B, 1), which transformers' classifiers take too. Raises ValueError for classes of
+    another shape than the logits have, and for those without a column."""
+    logits, labels = _logits(outputs), _labels(model, batch)
+    if labels.is_floating_point():
+        return logits, labels
+    if logits.ndim == 2 and labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels {tuple(labels.shape)} for logits {tuple(logits.shape)}: expected one class {tuple(logits.shape[:-1])} for "
+            "each of them (floating point where the task is a regression); or pass target= and loss="
+        )
+    _check_range(labels, logits.shape[-1])
+    return logits, labels
+
+
 def _labels(model: nn.Module, batch: Batch) -> Tensor:
     labels = batch.labels
     if not isinstance(labels, Tensor):
@@ -118,12 +133,6 @@ def _is_regression(model: nn.Module) -> bool:
         return False
     problem = getattr(config, "problem_type", None)
     return problem == "regression" or (problem is None and getattr(config, "num_labels", None) == 1)
-
-
-def _check_labels(logits: Tensor, labels: Tensor) -> None:
-    """Raises ValueError for class labels that the logits have no column for."""
-    if not labels.is_floating_point() and labels.ndim + 1 == logits.ndim:
-        _check_range(labels, logits.shape[-1])
 
 
 def _check_range(labels: Tensor, classes: int) -> None:

@@ -168,7 +168,9 @@ def _power(key: str, state: dict) -> int:
     """B' = c B has the gradient dL/dB / c: what first moments are divided by is c, and c² for second moments."""
     if key == "acc_delta":  # Adadelta's squares of steps, which are c times as long
         return -2
-    if key == "momentum_buffer" and "square_avg" in state:  # RMSprop's, of gradients over their size
+    if key == "ax":  # ASGD's mean of the weights
+        return -1
+    if key == "step_size" or (key == "momentum_buffer" and "square_avg" in state):  # Rprop's; RMSprop's, of gradients over size
         return 0
     return 2 if "sq" in key or "var" in key or key in ("sum", "state2") else 1
 

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from types import MethodType
 
 import torch
@@ -128,17 +129,49 @@ def block_of(name: str) -> str:
 
 
 def blocks_of(names: Iterable[str], among: Iterable[str]) -> dict[str, str]:
-    """Name -> its transformer block. A number that all of `among` begin with, as in an nn.Sequential around a model, is no
-    block where another one follows.
+    """Name -> its transformer block: the one of `block_of`, or within it, where most of that repeats below another number, as
+    in the stages of a Swin or in an nn.Sequential around a model. A number that all of `among` begin with is no block where
+    another one follows.
 
     among: of the model's linear layers, whichever of them are adapted
     """
-    inner, outer = list(among), ""
+    among = list(among)
+    outer, holder_in = _around(among), cache(partial(_holder_of_blocks, among=among))
+
+    def block(name: str) -> str:
+        found = outer + block_of(name.removeprefix(outer))
+        while (holder := holder_in(found)) is not None and name.startswith(f"{holder}."):
+            found = f"{holder}.{name.removeprefix(f'{holder}.').partition('.')[0]}"
+        return found
+
+    return {name: block(name) for name in names}
+
+
+def _around(names: list[str]) -> str:
+    """The numbers that all names begin with, where another one follows."""
+    outer = ""
     while True:
-        first, inner = {name.partition(".")[0] for name in inner}, [name.partition(".")[2] for name in inner]
-        if len(first) != 1 or not min(first).isdigit() or not any(re.search(r"(?:^|\.)\d+(?:\.|$)", name) for name in inner):
-            return {name: outer + block_of(name.removeprefix(outer)) for name in names}
+        first, names = {name.partition(".")[0] for name in names}, [name.partition(".")[2] for name in names]
+        if len(first) != 1 or not min(first).isdigit() or not any(re.search(r"(?:^|\.)\d+(?:\.|$)", name) for name in names):
+            return outer
         outer += f"{min(first)}."
+
+
+def _holder_of_blocks(block: str, among: list[str]) -> str | None:
+    """The module within a block whose numbered children are blocks themselves: they hold most of its linear layers and have two
+    or more of them in common. Parts of a block differ (T5's `layer.0` attends, `layer.1` feeds forward); experts are parts."""
+    within = [name.removeprefix(f"{block}.") for name in among if name.startswith(f"{block}.")]
+    children: dict[str, dict[str, set[str]]] = {}
+    for name in within:
+        if split := re.match(r"(?:(.*?)\.)?(\d+)(?:\.(.+))?$", name):
+            children.setdefault(split[1] or "", {}).setdefault(split[2], set()).add(split[3] or "")
+    for inner, parts in children.items():
+        if 2 * sum(map(len, parts.values())) > len(within) and "expert" not in inner:
+            holder = f"{block}.{inner}".removesuffix(".")
+            if len(parts) == 1:
+                return _holder_of_blocks(f"{holder}.{min(parts)}", among)
+            return holder if len(set.intersection(*parts.values())) > 1 else None
+    return None
 
 
 def linear_names(model: nn.Module) -> list[str]:

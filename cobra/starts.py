@@ -19,6 +19,8 @@ def prior_of_gates(
 ) -> list[tuple[float, ...]]:
     """Prior logits of every group's gates."""
     opened = math.log(config.open_probability / (1 - config.open_probability))
+    if scores is None and config.prior_level == "rank":
+        raise ValueError("prior_level='rank' reads a calibration: pass scores made with directions=r_max")
     if scores is None:
         return [(opened,) * rank for rank in ranks]
     row = {name: i for i, name in enumerate(scores.sites)}

@@ -81,6 +81,18 @@ def test_examples_decide_where_they_vary_more():
     assert found.p > found.p_seeds
 
 
+def test_equal_gains_of_other_examples_are_no_certainty():
+    """Two examples of 500 on each of two seeds: what counts do by chance where methods are alike."""
+    matrix = np.zeros((2, 500))
+    matrix[0, :2] = matrix[1, 2:4] = 1
+    found = estimate(matrix)
+    assert found.p > 0.2 and found.low < 0 < found.high
+    rng = np.random.default_rng(7)
+    draws = (rng.random((1500, 2, 200)) < 0.03) * rng.choice([-1.0, 1.0], (1500, 2, 200))
+    p_values = np.array([estimate(each, resamples=2).p for each in draws])
+    assert (p_values <= 0.01).mean() < 0.02 and (p_values <= 0.05).mean() < 0.07
+
+
 def test_interaction_alone_adds_nothing_for_examples():
     found = estimate(np.array([[0.0, 1.0], [1.0, 0.0], [0.2, 0.7]]))
     assert found.variance == found.seed_variance

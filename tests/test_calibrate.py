@@ -102,6 +102,22 @@ def test_masked_examples_do_not_count():
     assert_equal(calibrate(model, [masked, mixed, masked], max_examples=3), expected)
 
 
+def test_masked_examples_do_not_count_for_a_loss_that_does_not_mask():
+    """Nor in the gradient's directions."""
+    x, labels = mlp_batch(8)
+    options = {
+        "loss": lambda outputs, batch: outputs.logsumexp(1),
+        "target": lambda outputs, batch: outputs.sum(1),
+        "directions": 2,
+    }
+    model, masked = Mlp(), labels.clone()
+    masked[5:] = -100
+    found, expected = calibrate(model, [(x, masked)], **options), calibrate(model, [(x[:5], labels[:5])], **options)
+    assert_equal(found, expected)
+    for name, rows in expected.directions.items():
+        torch.testing.assert_close(found.directions[name], rows)
+
+
 def test_masked_examples_do_not_count_inside_the_last_batch():
     """Two of these four rows count, and two are asked for."""
     scores = calibrate(Tokens(), [token_batch([True, False, True, False])], max_examples=2)
@@ -230,6 +246,14 @@ def test_only_direct_is_complete_across_layers(estimator, complete):
 def test_no_layer_used_is_an_error():
     with pytest.raises(ValueError, match=r"none of the 2 layers was used.*never \(never called\)"):
         calibrate(Partial(), [mlp_batch()], target_modules=("never", "nowhere"))
+
+
+def test_a_head_of_zeros_is_named():
+    """It hides the layers below: all scores would be 0."""
+    model = Mlp()
+    nn.init.zeros_(model.classifier.weight)
+    with pytest.raises(ValueError, match=r"no gradient reaches the 2 layers .* fit or initialise the head first"):
+        calibrate(model, [mlp_batch()])
 
 
 def test_target_and_loss_get_the_loaders_batch():

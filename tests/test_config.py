@@ -40,6 +40,7 @@ from cobra.config import CHOICES
         ({"target_modules": (1, 2)}, "target_modules=(1, 2): expected names"),
         ({"modules_to_save": None}, "modules_to_save=None: expected names"),
         ({"modules_to_save": len}, "modules_to_save takes no function"),
+        ({"kl": "concrete", "gate": "mean"}, "kl='concrete' is estimated from a draw of the gates, and gate='mean' has none"),
         ({"total_steps": None}, "gate='concrete' anneals its temperature: pass total_steps"),
         *(({name: "no"}, f"{name}='no' is not one of {choices[0]!r}, ") for name, choices in CHOICES.items()),
     ],

@@ -26,6 +26,20 @@ def test_evaluation_has_no_noise():
     assert not torch.equal(logits_of(model, BATCH), first)
 
 
+def test_called_as_a_linear_layer_is():
+    """By name too, and with a temperature in fp32 whatever torch's default dtype is."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        model, adapter = attached(Mlp)
+    finally:
+        torch.set_default_dtype(before)
+    adapter.move_to_step(1)
+    assert all(layer.gate_temperature.dtype == torch.float32 for layer in layers_of(adapter))
+    x = torch.randn(2, 6, dtype=torch.float64)
+    assert torch.equal(model.up(input=x), model.up(x))
+
+
 def test_mean_gates_train_without_noise():
     model, adapter = attached(gate="mean", total_steps=None)
     stir(adapter)

@@ -127,6 +127,27 @@ def test_ratings_of_several_outputs():
     objective.check_against_model(model, outputs, objective.default_loss(model, outputs, batch), batch)
 
 
+def test_classes_in_a_column():
+    """Which transformers' classifiers take as they take a row."""
+    model, labels = minilm(labels=3), torch.tensor([0, 2, -100, 1])
+    found = []
+    for shape in ((4,), (4, 1)):
+        batch = batch_of(review_batch() | {"labels": labels.reshape(shape)})
+        assert objective.labelled_examples(model, batch).tolist() == [True, True, False, True]
+        with torch.no_grad():
+            outputs = batch.forward(model)
+        losses = objective.default_loss(model, outputs, batch)
+        objective.check_against_model(model, outputs, losses, batch)
+        found.append(torch.stack([losses, objective.default_target(model, outputs, batch)]))
+    assert torch.equal(*found)
+
+
+def test_classes_that_fit_no_logits():
+    model, batch = nn.Linear(6, 3), batch_of((torch.randn(4, 6), torch.ones(4, 2, dtype=torch.long)))
+    with pytest.raises(ValueError, match=r"labels \(4, 2\) for logits \(4, 3\): expected one class \(4,\)"):
+        objective.default_loss(model, batch.forward(model), batch)
+
+
 def test_integers_for_one_output_of_a_model_of_ones_own():
     """Nothing says that it is a regression: the message says how to."""
     model, batch = nn.Linear(6, 1), batch_of((torch.randn(4, 6), torch.tensor([3, 0, 1, 4])))

@@ -83,6 +83,9 @@ def test_state_dict_and_detach():
     before = state_of(model)
     served = serve(model, adapters_of(vit))
     assert list(model.state_dict()) == list(vit().state_dict())
+    layer = next(module for module in model.modules() if isinstance(module, PackedLinear))
+    x = torch.randn(2, layer.in_features)
+    assert torch.equal(layer(input=x), layer(x))  # as an nn.Linear is called
     served.detach()
     assert state_of(model) == before
 

@@ -160,6 +160,14 @@ def adadelta(groups):
     return torch.optim.Adadelta(groups, lr=1.0, eps=1e-24)
 
 
+def rprop(groups):
+    return torch.optim.Rprop(groups, lr=1e-3)
+
+
+def asgd(groups):
+    return torch.optim.ASGD(groups, lr=1e-2)
+
+
 def adamw_of_bitsandbytes(groups):
     from bitsandbytes.optim import AdamW
 
@@ -167,12 +175,12 @@ def adamw_of_bitsandbytes(groups):
 
 
 @pytest.mark.parametrize(
-    "optimizer_class", [adamw, rmsprop, rmsprop_momentum, adagrad, momentum, adadelta, adamw_of_bitsandbytes]
+    "optimizer_class", [adamw, rmsprop, rmsprop_momentum, adagrad, momentum, adadelta, rprop, asgd, adamw_of_bitsandbytes]
 )
 def test_fold_mean_rescales_the_moments(optimizer_class):
     """B' = c B has the gradient dL/dB / c. So an optimizer that divides by the gradients' size moves B' next by what it would
     have moved B, one that follows the gradient by 1/c of that, and Adadelta, which keeps the parameters' units, by c times
-    that; and A as if nothing had been folded.
+    that; and A as if nothing had been folded. ASGD's mean of the weights is theirs.
     """
     before, after = [], []
     for folds in (False, True):
@@ -182,10 +190,11 @@ def test_fold_mean_rescales_the_moments(optimizer_class):
             adapter.apply(adapter.extract(48), optimizer)
         before.append(copy.deepcopy({name: matrices_of(layer) for name, layer in layers_of(adapter).items()}))
         train(model, adapter, optimizer, [BATCH])
+        assert all(torch.allclose(state["ax"], p) for p, state in optimizer.state.items() if "ax" in state)
         after.append({name: matrices_of(layer) for name, layer in layers_of(adapter).items()})
     for name, c in gates.items():
         plain, folded = ({k: new[name][k] - old[name][k] for k in old[name]} for old, new in zip(before, after, strict=True))
-        expected = plain["lora_B"] * {momentum: 1 / c, adadelta: c}.get(optimizer_class, 1)
+        expected = plain["lora_B"] * {momentum: 1 / c, asgd: 1 / c, adadelta: c}.get(optimizer_class, 1)
         torch.testing.assert_close(folded["lora_A"], plain["lora_A"], rtol=1e-2, atol=2e-6)
         torch.testing.assert_close(folded["lora_B"], expected, rtol=1e-2, atol=2e-6)
 

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import cobra
-from cobra.sites import block_of, blocks_of, find_sites, fingerprint
+from cobra.sites import block_of, blocks_of, find_sites, fingerprint, linear_names
 
 
 @pytest.fixture(scope="module")
@@ -266,11 +267,37 @@ def test_block_of(name, block):
         (["0.q", "0.k"], ["0", "0"]),
         (["0.up", "2"], ["0", "2"]),
         (["layers.0.experts.1.up", "layers.0.experts.2.up"], ["layers.0", "layers.0"]),
+        (["0.h.0.q", "0.h.0.up", "0.h.1.q", "0.h.1.up", "2"], ["0.h.0", "0.h.0", "0.h.1", "0.h.1", "2"]),
+        ([f"h.0.{n}" for n in ("q", "k", "v", "o", "ffn.0.up", "ffn.0.down", "ffn.1.up", "ffn.1.down")], ["h.0"] * 8),
     ],
 )
 def test_blocks_within_what_is_around_the_model(names, blocks):
     assert list(blocks_of(names, names).values()) == blocks
     assert blocks_of(names[:1], names) == {names[0]: blocks[0]}  # whichever of them are adapted
+
+
+def small(kind: str, **sizes) -> nn.Module:
+    import transformers
+
+    config = getattr(transformers, f"{kind.split('For')[0]}Config")(**sizes)
+    with torch.device("meta"):
+        return getattr(transformers, kind)(config)
+
+
+def test_blocks_of_models_with_stages():
+    """A stage is no block, where it has several; T5's layers are parts of one, and MobileBERT's feed-forward networks."""
+    swin = small("SwinForImageClassification", image_size=32, patch_size=4, embed_dim=8, depths=[2, 3], num_heads=[2, 2])
+    found = Counter(blocks_of(linear_names(swin), linear_names(swin)).values())
+    inner = {f"swin.encoder.layers.{stage}.blocks.{i}": 6 for stage, i in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2))}
+    assert found == {**inner, "swin.encoder.layers.0": 1, "classifier": 1}  # between the stages is a projection
+    t5 = small("T5ForConditionalGeneration", num_layers=2, d_model=16, d_ff=8, num_heads=2)
+    assert set(blocks_of(linear_names(t5), linear_names(t5)).values()) == {
+        *(f"{side}.block.{i}" for side in ("encoder", "decoder") for i in range(2)),
+        "lm_head",
+    }
+    mobile = small("MobileBertForSequenceClassification", num_hidden_layers=2)
+    found = Counter(blocks_of(linear_names(mobile), linear_names(mobile)).values())
+    assert {name for name, layers in found.items() if layers > 1} == {f"mobilebert.encoder.layer.{i}" for i in range(2)}
 
 
 def test_fingerprint_knows_the_checkpoint(model):

@@ -98,6 +98,11 @@ def test_too_few_directions_are_named(settings):
         scored(model, [image_batch()], directions=-1)
 
 
+def test_priors_of_ranks_without_scores_are_refused():
+    with pytest.raises(ValueError, match="prior_level='rank' reads a calibration: pass scores"):
+        attached(prior_level="rank")
+
+
 def test_gradient_init_without_scores_is_refused():
     with pytest.raises(ValueError, match="init='gradient' starts from a calibration"):
         attached(init="gradient")

@@ -23,7 +23,8 @@ by chance, so `p` is the larger of this and of the t over seeds. It is valid for
 difference, p ≤ 0.05 / 0.01 / 0.0028 came in at most 5.6 / 1.2 / 0.3 % of 10,000 draws, with 3 seeds and with 5, for a up to
 0.03 and b up to 0.3 (100 examples; Hillis' alone 7.0 / 2.6 / 1.4 % with 3 seeds). `p_seeds`, the paired t over seeds, holds for
 this test set alone. `p_bootstrap` inverts the interval; it is calibrated near 5 % only, since 5 seeds say little about tails,
-and is never below 2 / resamples. Corrected p-values start from `p`.
+and is never below 2 / resamples. Where all seeds gain equally many examples, the variance over seeds is taken to be the
+interaction's, of which it holds a part: 0 would be certainty. Corrected p-values start from `p`.
 """
 
 from __future__ import annotations
@@ -160,12 +161,14 @@ def _estimate(matrix: np.ndarray, seed_part: np.ndarray, example_part: np.ndarra
     rest = matrix - by_seed[:, None] - by_example + mean
     interaction = np.square(rest).sum() / max(1, (seeds - 1) * (examples - 1)) / (seeds * examples)
     example_variance = max(margin - interaction, 0.0)
+    seed_part = seed_part * math.sqrt(seeds / (seeds - 1))
+    if seed_variance <= 1e-12 * interaction:  # as many examples gained on every seed, which counts alone can do: not certainty
+        seed_variance = interaction
+        seed_part = math.sqrt(interaction) * np.random.default_rng(seeds).standard_normal(len(seed_part))
     variance = seed_variance + example_variance
     df = variance**2 / (seed_variance**2 / (seeds - 1)) if seed_variance > 0 else math.inf
     shrink = math.sqrt(example_variance / margin) if margin > 0 else 0.0
-    return _finish(
-        mean, seeds, variance, df, seed_variance, seeds - 1, seed_part * math.sqrt(seeds / (seeds - 1)), example_part * shrink
-    )
+    return _finish(mean, seeds, variance, df, seed_variance, seeds - 1, seed_part, example_part * shrink)
 
 
 def _finish(mean, seeds, variance, df, seed_variance, seed_df, seed_part, example_part) -> Estimate:

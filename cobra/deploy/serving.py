@@ -54,8 +54,9 @@ class PackedLinear(nn.Linear):
         self.lora_A = torch.cat([self.lora_A[:start], self.lora_A[stop:]])
         self.lora_B = torch.cat([self.lora_B.t()[:start], self.lora_B.t()[stop:]]).t()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (rows, ..., K) -> y (rows, ..., N)"""
+    def forward(self, input: Tensor) -> Tensor:
+        """input (rows, ..., K) -> y (rows, ..., N)"""
+        x = input
         y = F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
         if self.expert and not any(self.ranks[i] for i in self.rows.ids or () if i >= 0):
             return y  # no row adapts it, so none need be told apart
