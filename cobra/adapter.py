@@ -399,6 +399,12 @@ class Adapter:
         lora = self.to_lora()
         warn_of_shared_weights(self.groups, stacklevel=3)
         warn_of_moved_statistics(self._statistics, running_statistics(self.model, self.heads), stacklevel=2)
+        if others := list(checkpoint.other_parameters(self)):
+            warnings.warn(
+                f"{len(others)} parameters outside the adapter are trained and not in its folder, e.g. {others[0]}: name their "
+                "modules in modules_to_save, or save the model after merge()",
+                stacklevel=2,
+            )
         if not distributed.rank():
             lora.save_pretrained(folder, layout)
 

@@ -42,8 +42,8 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
         adapter.
 
     Raises ValueError for an adapter already attached, scores of another model or another granularity, a budget above
-    capacity or below the cheapest rank, unknown or quantised modules_to_save, and what `find_sites` raises; the model is then
-    unchanged.
+    capacity or below the cheapest rank, offloaded weights, unknown or quantised modules_to_save, and what `find_sites` raises;
+    the model is then unchanged.
     Warns of a module trained whole that shares a weight with another one.
     """
     _check_free(model)
@@ -52,6 +52,7 @@ def attach(model: nn.Module, config: CobraConfig, scores: LayerScores | None = N
         sites = _scored_sites(model, sites, config, scores)
     members = _groups(model, sites, config, scores)
     _check_backend(sites, config)
+    _check_held(sites)
     ranks = [min(config.r_max, *(min(s.in_features, s.out_features) for s in group)) for group in members.values()]
     budget = Budget.of(config.rank_budget)
     trained_as = torch.promote_types(sites[0].weight.dtype, torch.float32)
@@ -108,6 +109,7 @@ def attach_lora(model: nn.Module, lora: LoraAdapter) -> Adapter:
     heads = {name: head_of_adapter(model, name, state) for name, state in lora.heads.items()}
     check_trainable(heads)
     sites = find_sites(model, lambda name, module: name in layers, allow_quantised=True)
+    _check_held(sites)
     for site in sites:
         _check_one_update(site, layers)
 
@@ -163,6 +165,15 @@ def _check_backend(sites: list[Site], config: CobraConfig) -> None:
         raise ValueError(
             f"{held[0]}: backend='triton' reads the weight itself, and {len(held)} target layers are quantised; "
             "set backend='auto', or target other layers"
+        )
+
+
+def _check_held(sites: list[Site]) -> None:
+    away = [site.name for site in sites if site.module.weight.is_meta]
+    if away:
+        raise ValueError(
+            f"{away[0]}.weight is on the meta device ({len(away)} layers): its values are not in memory, as where accelerate "
+            "offloads a model; load it whole, or leave these layers out with target_modules"
         )
 
 

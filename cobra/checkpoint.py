@@ -1,6 +1,7 @@
 """Training checkpoints: one safetensors file from which a run goes on with the very same bits.
 
-It holds the matrices, gates, heads, priors, running statistics of the base model, the optimizer's state, torch's random states
+It holds the matrices, gates, heads, whatever else is trained, priors, running statistics of the base model, the optimizer's
+state, torch's random states
 (of the CPU and of the model's CUDA devices, for dropout) and, in its header, the step, the config, the applied plan, and the
 optimizer's and scheduler's settings. Gates need nothing more: they are a function of the step. The order of the data is the
 caller's to restore. Optimizer state of other forms (8-bit moments) lies in it as the plain tensors that it is made of.
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -45,12 +46,19 @@ def adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return tensors
 
 
+def other_parameters(adapter: Adapter) -> dict[str, nn.Parameter]:
+    """What is trained beside the adapter, by name: nothing that its folder has a place for."""
+    ours = {id(tensor) for tensor in adapter_tensors(adapter).values()}
+    return {name: p for name, p in adapter.model.named_parameters() if p.requires_grad and id(p) not in ours}
+
+
 def save(adapter: Adapter, path: Path | str, optimizer: Optimizers, scheduler: Schedulers) -> None:
     """Writes the checkpoint, whole or not at all. Of several ranks each writes its own file: dropout's states differ.
 
     Raises ValueError for an adapter that is not finite; a file that is there stays.
     """
     tensors = {f"adapter.{name}": whole(tensor) for name, tensor in adapter_tensors(adapter).items()}
+    tensors |= {f"other.{name}": whole(p) for name, p in other_parameters(adapter).items()}
     storage.check_finite(path, tensors)
     tensors["prior"] = torch.tensor([p for group in adapter.groups for p in group.prior], dtype=torch.float64)
     tensors["rng"] = torch.get_rng_state()
@@ -89,6 +97,7 @@ def load(adapter: Adapter, path: Path | str, optimizer: Optimizers, scheduler: S
     saved = {what: _saved(path, meta, what, given) for what, given in (("optimizer", optimizers), ("scheduler", schedulers))}
     plan = None if meta["plan"] is None else RankPlan.from_dict(meta["plan"])
     if adapter.plan is None and plan is not None:
+        adapter.current_step = meta["step"]  # what was trained before the cut was so with these steps
         adapter.apply(plan, optimizers)
     if adapter.plan != plan:
         raise ValueError(f"{path} is of another plan than was applied to this adapter; load it into a fresh one")
@@ -98,7 +107,7 @@ def load(adapter: Adapter, path: Path | str, optimizer: Optimizers, scheduler: S
         raise storage.FormatError(
             f"{path}: {len(meta['groups'])} groups of gates, this adapter has {len(names)}, or other ones"
         )
-    expected = adapter_tensors(adapter)
+    expected, others = adapter_tensors(adapter), _others(adapter, path, tensors)
     for name, tensor in expected.items():
         found = tensors.get(f"adapter.{name}")
         if found is None or found.shape != tensor.shape:
@@ -109,6 +118,8 @@ def load(adapter: Adapter, path: Path | str, optimizer: Optimizers, scheduler: S
             tensor.copy_(spread(tensors[f"adapter.{name}"], tensor))
         for name, tensor in running_statistics(adapter.model, adapter.heads).items():
             tensor.copy_(tensors.get(f"statistics.{name}", tensor))  # older files have none
+        for name, tensor in others.items():
+            tensor.copy_(spread(tensors[f"other.{name}"], tensor))
     for group, prior in zip(adapter.groups, tensors["prior"].split(gates), strict=True):
         group.prior = tuple(prior.tolist())
     adapter.move_to_step(meta["step"])
@@ -123,6 +134,24 @@ def load(adapter: Adapter, path: Path | str, optimizer: Optimizers, scheduler: S
     for index in _cuda_devices(adapter):
         if f"rng.cuda:{index}" in tensors:
             torch.cuda.set_rng_state(tensors[f"rng.cuda:{index}"], index)
+
+
+def _others(adapter: Adapter, path: Path | str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the file has of other parameters, as the model holds them; older files have none.
+
+    Raises ValueError for one that the model lacks or has in another shape: the run's training made it ready before the adapter.
+    """
+    found, held = {}, dict(adapter.model.named_parameters(remove_duplicate=False))
+    for key in (key for key in tensors if key.startswith("other.")):
+        name = key.removeprefix("other.")
+        if name not in held or held[name].shape != tensors[key].shape:
+            here = tuple(held[name].shape) if name in held else "nothing"
+            raise ValueError(
+                f"{path}: {name} {tuple(tensors[key].shape)} was trained beside the adapter, and this model has {here} of that "
+                "name; make it as for the run that was saved"
+            )
+        found[name] = held[name]
+    return found
 
 
 def _several(given: object) -> list:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cobra.adapter import Adapter
 
 ARCHITECTURE = "architecture"  # in provenance: the class that the adapter was trained as
+LABELS = "labels"  # and the names of its outputs, in their order
 
 T = TypeVar("T")
 
@@ -159,8 +160,8 @@ def check_names(model: nn.Module, held: Container[str]) -> None:
 def combine(adapters: Iterable[tuple[LoraAdapter, float]]) -> LoraAdapter:
     """Several adapters as one, ΔW = Σ weight · ΔW_i: ranks are put side by side, so that a merge of them all rounds once.
 
-    adapters: (adapter, weight) pairs; a layer that some of them lack counts as 0 there. Dropout, task type and class are kept
-        where all agree
+    adapters: (adapter, weight) pairs; a layer that some of them lack counts as 0 there. Dropout, task type, class and names of
+        outputs are kept where all agree
 
     Raises ValueError for an empty list, layers of different shapes, and more than one adapter with heads.
     """
@@ -170,7 +171,7 @@ def combine(adapters: Iterable[tuple[LoraAdapter, float]]) -> LoraAdapter:
     heads = [adapter.heads for adapter, _ in adapters if adapter.heads]
     if len(heads) > 1:
         raise ValueError(f"{len(heads)} of the adapters bring heads ({', '.join(heads[0])}), which cannot be added; keep one")
-    architecture = _agreed(adapter.provenance.get(ARCHITECTURE) for adapter, _ in adapters)
+    agreed = {key: _agreed(adapter.provenance.get(key) for adapter, _ in adapters) for key in (ARCHITECTURE, LABELS)}
     parts: dict[str, list[tuple[LoraLayer, float]]] = {}
     for adapter, weight in adapters:
         for name, layer in adapter.layers.items():
@@ -184,7 +185,7 @@ def combine(adapters: Iterable[tuple[LoraAdapter, float]]) -> LoraAdapter:
         base_model=adapters[0][0].base_model,
         task_type=_agreed(adapter.task_type for adapter, _ in adapters),
         auto_mapping=_agreed(adapter.auto_mapping for adapter, _ in adapters),
-        provenance={} if architecture is None else {ARCHITECTURE: architecture},
+        provenance={key: value for key, value in agreed.items() if value is not None},
     )
 
 

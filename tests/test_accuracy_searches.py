@@ -7,7 +7,7 @@ from accuracy_searches import BEST, searched, study, tried
 from bench.accuracy import rows
 from bench.accuracy.cells import METRIC, condition_of
 from bench.accuracy.recipe import Recipe
-from bench.accuracy.searches import PEERS, RATES, REGRESSIONS, chosen, rates_of, search
+from bench.accuracy.searches import LONG, PEERS, RATES, REGRESSIONS, chosen, rates_of, search
 from bench.accuracy.statistics import Choice
 
 USUAL = ("minilm", 200, 2000, 0.0, 64)
@@ -67,14 +67,14 @@ def test_a_method_without_a_finished_search_has_no_rate():
 
 def test_a_search_that_is_best_where_it_ends_has_no_rate():
     """Lower or higher rates must be tried before there is a test."""
-    of = "regression", 32, USUAL
+    of = "regression", 2, ("minilm", 600, 2000, 0.0, 64)
     for end in (min, max):
         found = searched()
         for row in found:
             recipe = Recipe.from_dict(row["config"])
             if study(recipe) == (*of, "cobra+long") and recipe.lr == end(tried()[(*of, "cobra+long")]):
                 row["validation"] = {METRIC["regression"]: 0.1}
-        assert rates_of(found, "regression", 32, {}).keys() == {"lora", "cobra"}
+        assert rates_of(found, "regression", 2, LONG).keys() == {"lora", "cobra"}
 
 
 def test_committed_results_are_at_the_rates_that_were_chosen():

@@ -15,6 +15,7 @@ def test_spread_and_constant_share():
     # along the directions variances are 4 and 1; along uniform rows their mean over axes
     assert found["spread"] == pytest.approx((2.5 / (11 / 8)) ** 0.5, rel=0.05)
     assert found["constant"] == pytest.approx(0, abs=1e-3) and found["constant_second"] == pytest.approx(0.9, abs=1e-2)
+    assert found["slope"] == pytest.approx(2)  # all of the gradient lies in a quarter of the axes
     assert 0.1 < found["constant_uniform"] < 0.7 and found["cosine"] == pytest.approx(0, abs=1e-2)
     assert starts.measure(x, torch.eye(8)[[1, 0]])["cosine"] == pytest.approx(1, abs=1e-2)
 
@@ -27,5 +28,6 @@ def test_committed_rows():
         assert len(row["layers"]) == 36 and len({name for name, *_ in row["layers"]}) == 36
         assert sum(spread for _, spread, _ in row["layers"]) / 36 == pytest.approx(row["spread"], abs=1e-3)
         assert all(0 <= cosine <= 1 for *_, cosine in row["layers"])
+        assert row["slope"] > 1
     lines = starts.markdown(rows).splitlines()
     assert len(lines) == len(rows) + 2 and len({line.count("|") for line in lines}) == 1

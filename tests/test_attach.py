@@ -315,6 +315,21 @@ def test_accelerate_on_a_layer_is_no_forward_of_its_own(removed):
     assert [group.name for group in cobra.attach(model, adapter.config).groups] == ["up"]
 
 
+def test_offloaded_weights_are_refused():
+    """Before anything is touched; attached without them, the others train."""
+    from accelerate import cpu_offload
+
+    model, (x, _) = Mlp(), mlp_batch()
+    lora = attached(Mlp, rank_budget=2, r_max=2)[1].to_lora()
+    cpu_offload(model.mid, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"mid\.weight is on the meta device \(1 layers\): .* as where accelerate offloads"):
+        cobra.attach(model, cobra.CobraConfig(rank_budget=2, r_max=2, gate="mean"))
+    with pytest.raises(ValueError, match=r"mid\.weight is on the meta device"):
+        lora.attach(model)
+    cobra.attach(model, cobra.CobraConfig(rank_budget=2, r_max=2, gate="mean", target_modules=("up",)))
+    model(x).sum().backward()
+
+
 def test_attached_and_cut_within_inference_mode():
     """What is made there cannot be trained, and training comes after."""
     model, (x, _) = Mlp(), mlp_batch()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Mlp, attached, gpt2, image_batch, layers_of, logits_of, stir, token_batch, train, vit
+from models import Mlp, attached, gpt2, image_batch, layers_of, logits_of, state_of, stir, token_batch, train, vit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -386,6 +386,44 @@ def test_killed_in_mid_write(tmp_path):
     stir(adapter)
     adapter.load_checkpoint(path)
     assert_same_bits(copied(adapter), expected)
+
+
+def test_other_parameters_that_train(tmp_path):
+    """They go on with the rest; the adapter's folder has no place for them, and says so."""
+
+    def start():
+        run = Run.start(vit)
+        norm = run.model.vit.layernorm.requires_grad_(True)
+        run.optimizer.add_param_group({"params": list(norm.parameters()), "lr": 0.1})
+        run.scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)
+        return run
+
+    straight, path = start(), tmp_path / "c.safetensors"
+    straight.advance(0, 3)
+    straight.save(path)
+    resumed = start()
+    resumed.adapter.load_checkpoint(path, resumed.optimizer, resumed.scheduler)
+    for run in (straight, resumed):
+        run.advance(3, 6)
+    assert state_of(resumed.model) == state_of(straight.model)
+    with pytest.warns(UserWarning, match=r"2 parameters outside the adapter are trained .* e\.g\. vit\.layernorm\.weight"):
+        straight.adapter.save_pretrained(tmp_path / "adapter")
+    narrow = Run.start(vit)
+    narrow.model.vit.layernorm = nn.LayerNorm(2)
+    with pytest.raises(ValueError, match=r"vit\.layernorm\.weight \(16,\) was trained beside the adapter, .* has \(2,\)"):
+        narrow.adapter.load_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_matrices_that_moved_before_their_checkpoint_came(tmp_path):
+    """A Trainer loads those that were not cut by itself: no sign that nobody called step()."""
+    run, path = Run.start(vit), tmp_path / "c.safetensors"
+    run.advance(0, 6)
+    run.save(path)
+    fresh = Run.start(vit)
+    stir(fresh.adapter)
+    fresh.adapter.load_checkpoint(path, fresh.optimizer, fresh.scheduler)
+    assert state_of(fresh.model) == state_of(run.model)
 
 
 def test_scheduler_with_whole_number_keys(tmp_path):

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 import cobra
 from cobra.cli.app import app
-from cobra.cli.base import load_base, with_class
+from cobra.cli.base import head_tensors, load_base, name_labels, with_class
 from cobra.cli.encoder import MeanPoolClassifier, load_encoder
 from cobra.cli.merge import merge_folders
+from cobra.export.card import model_card
 from cobra.lora import class_name
 
 run = CliRunner().invoke
@@ -60,6 +61,24 @@ def test_a_head_is_merged_into_a_class_with_one(tmp_path):
     torch.testing.assert_close(logits_of(found, review_batch()), logits_of(model.eval(), review_batch()), rtol=0, atol=1e-5)
     tokens = AutoTokenizer.from_pretrained(tmp_path / "m")("a fine film")
     assert tokens["input_ids"] == AutoTokenizer.from_pretrained(minilm_folder())("a fine film")["input_ids"]
+
+
+def test_names_of_the_classes_come_along(tmp_path):
+    """From the adapter, where the base has none; a base's own stay."""
+    model, adapter = attached(minilm, gate="mean")
+    model.config.id2label = {0: "dull", 1: "fine", 2: "odd"}
+    kind = "BertForSequenceClassification"
+    named = with_class(adapter.to_lora(), kind, model.config)
+    named.save_pretrained(tmp_path / "adapter")
+    assert "The outputs are, in this order: `dull`, `fine`, `odd`." in model_card(named, "compact")
+    merge_folders(minilm_folder(), [tmp_path / "adapter"], [1.0], tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_bytes())
+    assert config["id2label"] == {"0": "dull", "1": "fine", "2": "odd"} and config["label2id"]["odd"] == 2
+    base = load_base(minilm_folder(), kind, head_tensors(named))
+    name_labels(base, named)
+    base.config.id2label = {0: "a", 1: "b", 2: "c"}
+    name_labels(base, named)
+    assert base.config.id2label == {0: "a", 1: "b", 2: "c"}
 
 
 def test_no_head_is_made_up(tmp_path):

@@ -110,6 +110,7 @@ BAD = {
     "bias": (lambda f: rewrite(f, bias="all"), "bias='all' trains the base model's biases"),
     "rank": (lambda f: rewrite(f, r=5), r"expected rank 5, as r in adapter_config\.json says, found lora_A \(4, 32\)"),
     "nan": (lambda f: rewrite(f, {f"{Q}.lora_B.weight": torch.full((32, 4), float("nan"))}), "holds NaN or Inf"),
+    "dropout": (lambda f: rewrite(f, lora_dropout="x"), r"adapter_config\.json: lora_dropout is 'x', expected a number from 0"),
     "auto mapping": (lambda f: rewrite(f, auto_mapping={"base_model_class": 1}), "'auto_mapping': expected an object of names"),
     "magnitude": (
         lambda f: rewrite(f, {f"{Q}.lora_magnitude_vector": torch.ones(32)}),

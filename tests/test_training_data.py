@@ -93,6 +93,35 @@ def test_rows_of_another_shape(tmp_path, name, content, message):
     assert f"{name}, {message}" in str(raised.value)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_texts_are_as_they_stand(tmp_path, kind):
+    """Code and prompts live by their blanks; labels do not, and may be any word."""
+    rows = [
+        {"text": "def f():\n", "second": "    return 1\n", "label": " none "},
+        {"text": " a", "second": "b", "label": "null"},
+    ]
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    else:
+        with open(path, "w", encoding="utf-8", newline="") as f:
+            writer = csv.DictWriter(f, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    found = read_examples(str(path), Columns(second="second"))
+    assert found == [Example("def f():\n", "none", "    return 1\n"), Example(" a", "null", "b")]
+    row = language_rows(found[:1], smollm2_tokenizer(), 99, chat=False)[0]
+    assert smollm2_tokenizer().decode(row["input_ids"]).startswith("def f():\n    return 1\n")
+
+
+def test_half_a_character(tmp_path):
+    """What JavaScript leaves of an emoji that it cut in two is no text."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine", "label": 1}\n{"text": "cut \\ud83d off", "label": 0}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="row 2: column 'text' holds half a character"):
+        read_examples(str(path), Columns())
+
+
 # splits
 
 
@@ -137,6 +166,8 @@ def test_classes_of_a_new_head(folders, tmp_path):
     assert set(words.train) == {0, 1} == set(words.train + words.test)
     numbers = written(tmp_path / "n.csv", [(f"t{i}", label) for i, label in enumerate((10, 9, 100) * 5)])
     assert targets(settings(folders["encoder"], numbers)).classes == ("9", "10", "100")
+    mixed = written(tmp_path / "m.csv", [(f"t{i}", label) for i, label in enumerate(("1", "0.0", "1.0", "0", "01") * 4)])
+    assert set(targets(settings(folders["encoder"], mixed)).classes) == {"0", "1", "01"}
 
 
 def test_numbers(folders, tmp_path):

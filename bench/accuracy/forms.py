@@ -32,6 +32,7 @@ LONG_COBRA = {
 SINGULAR = {"gate": "open", "init": "uniform", "basis": "singular", "r_max_multiple": 8, "cut": 0.4, "scores": False}
 JOINT = {**LONG_COBRA, "basis": "singular"}  # gates, and a cut that ranks what they leave of every direction
 LONG_ROWS, SHORT_ROWS, FITTED = 3.0, 1 / 3, "fitted"  # the last to every row's own inputs
+LEVEL_ROWS = 0.1  # along them the loss is as steep in lora_B as along uniform rows (`bench.accuracy.starts`)
 COBRA = {**LONG_COBRA, "row_scale": SHORT_ROWS}
 UNSAID = {"basis": "gates", "init_scale": 1.0}  # what COBRA's forms have where they do not say it
 FORMS = ("cobra", "cobra+quick", "cobra+long", "cobra+long+quick", "cobra+singular")
@@ -81,6 +82,8 @@ DEFAULT_PARTS = (
     {"cut": 0.1},
     {"row_scale": FITTED},
     {"row_scale": FITTED, "lr": 2.0},
+    {"row_scale": LEVEL_ROWS},
+    {"row_scale": LEVEL_ROWS, "lr": 2.0},
 )
 SINGULAR_PARTS = (
     {},

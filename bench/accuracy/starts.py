@@ -1,8 +1,8 @@
 """python -m bench.accuracy.starts: what a layer's input looks like along the rows that lora_A starts from.
 
 Of every task one row in rows/starts.jsonl: the calibration of COBRA's form, and inputs of training examples that it has not
-seen. For unit rows a along the gradient, and for uniform ones, it has the spread of a·x over tokens, and the share of a·x that
-all tokens have in common, which an update can only use as a bias.
+seen. For unit rows a along the gradient, and for uniform ones, it has the spread of a·x over tokens, the share of a·x that all
+tokens have in common, which an update can only use as a bias, and ‖∇_W L a‖, the slope of the loss in lora_B.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ FILE = "starts.jsonl"
 TASKS = ("rt", "supersense", "tweets", "amazon")
 DIRECTIONS = 4  # gates of a layer where the average rank is 2
 EXAMPLES = 128
+ALL = 4096  # directions: as many as a layer has
 DRAWS = 64  # uniform rows of a layer
 
 
@@ -35,7 +36,7 @@ def row_of(task: str) -> dict:
     """Means over layers, and (name, spread ratio, cosine with the mean input) of each."""
     recipe = Recipe("ablation", task, "cobra", 2, 1e-3, SEARCH_SEED)
     start = started(task, None, recipe.examples, recipe.seed, 0.0, recipe.max_length, recipe.precision)
-    path = recipe.calibration_examples, recipe.path_points, recipe.estimator, "site", DIRECTIONS
+    path = recipe.calibration_examples, recipe.path_points, recipe.estimator, "site", ALL
     scores, _ = calibrated(start, *path)
     seen = len(start.batches(recipe.calibration_examples))
     inputs = _inputs(start.model(0.0).eval(), start.batches(recipe.calibration_examples + EXAMPLES)[seen:])
@@ -47,12 +48,14 @@ def row_of(task: str) -> dict:
 
 
 def measure(x: Tensor, directions: Tensor) -> dict[str, float]:
-    """x (T, K): inputs of a layer; directions (q, K), the strongest first.
+    """x (T, K): inputs of a layer; directions (q, K), all of the gradient's, the strongest first.
 
     spread: standard deviation of a·x over tokens along the directions, root mean square, in that of uniform rows
     constant, constant_second, constant_uniform: E[a·x]² / E[(a·x)²] of the first direction, of the second, and of uniform rows
     cosine: of the first direction and the mean input
+    slope: ‖G a‖ along the directions, root mean square, in that of uniform rows, G the mean gradient
     """
+    gradient, directions = directions, directions[:DIRECTIONS]
     rows = F.normalize(directions, dim=1)
     drawn = F.normalize(torch.rand(DRAWS, x.shape[1], generator=torch.Generator().manual_seed(0)) * 2 - 1, dim=1)
     along, across = x @ rows.t(), x @ drawn.t()
@@ -63,6 +66,7 @@ def measure(x: Tensor, directions: Tensor) -> dict[str, float]:
         "constant_second": constant[1].item(),
         "constant_uniform": _constant_share(across).mean().item(),
         "cosine": F.cosine_similarity(rows[0], x.mean(0), dim=0).abs().item(),
+        "slope": (directions.square().sum(1).mean() / gradient.square().sum() * x.shape[1]).sqrt().item(),
     }
 
 
@@ -91,12 +95,12 @@ def markdown(rows: list[dict]) -> str:
     """A line a task."""
     lines = [
         "| task | spread of inputs along the gradient, in that along uniform rows | constant share, first direction / second / "
-        "uniform rows | cosine of the first direction and the mean input |",
-        "| --- | --- | --- | --- |",
+        "uniform rows | cosine of the first direction and the mean input | slope of the loss, in that along uniform rows |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         shares = " / ".join(f"{row[key]:.0%}" for key in ("constant", "constant_second", "constant_uniform"))
-        lines.append(f"| {row['task']} | {row['spread']:.1f}× | {shares} | {row['cosine']:.2f} |")
+        lines.append(f"| {row['task']} | {row['spread']:.1f}× | {shares} | {row['cosine']:.2f} | {row['slope']:.0f}× |")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cobra.cli.encoder import MeanPoolClassifier
 from cobra.cli.subject import NAMED_MODELS, as_plain, find_model, quiet_bars
-from cobra.lora import ARCHITECTURE, LoraAdapter, class_name
+from cobra.lora import ARCHITECTURE, LABELS, LoraAdapter, class_name
 
 
 def find_class(name: str) -> type[nn.Module] | None:
@@ -31,11 +31,26 @@ def recorded_class(adapter: LoraAdapter) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def with_class(adapter: LoraAdapter, name: str) -> LoraAdapter:
-    """The adapter with the class it was trained as on record. Where that is not of transformers, the base's path is left out:
-    from there transformers' Auto classes would put the adapter on another class, without a word."""
+def with_class(adapter: LoraAdapter, name: str, config: transformers.PreTrainedConfig | None = None) -> LoraAdapter:
+    """The adapter with the class it was trained as on record, and the names that a configuration gives its outputs. Where the
+    class is not of transformers, the base's path is left out: from there transformers' Auto classes would put the adapter on
+    another class, without a word."""
     base = None if "." in name else adapter.base_model
-    return replace(adapter, base_model=base, provenance=adapter.provenance | {ARCHITECTURE: name})
+    labels = {LABELS: [config.id2label[i] for i in range(config.num_labels)]} if config and _names_labels(config) else {}
+    return replace(adapter, base_model=base, provenance=adapter.provenance | {ARCHITECTURE: name} | labels)
+
+
+def name_labels(model: nn.Module, adapter: LoraAdapter) -> None:
+    """Gives a model's outputs the names on record, where it has none of its own for them."""
+    labels = adapter.provenance.get(LABELS)
+    if isinstance(labels, list) and len(labels) == model.config.num_labels and not _names_labels(model.config):
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: i for i, label in enumerate(labels)}
+
+
+def _names_labels(config: transformers.PreTrainedConfig) -> bool:
+    """Whether they are others than those that transformers makes up."""
+    return config.id2label != {i: f"LABEL_{i}" for i in range(config.num_labels)}
 
 
 def is_named(base: Path) -> bool:

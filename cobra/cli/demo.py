@@ -137,7 +137,7 @@ def _run_cobra(model: MeanPoolClassifier, data: Data, settings: DemoSettings, se
     storage.write_json(out / "eval.json", evaluate_outputs([(unmerged, labels)], "classification").to_dict())
     parameters = adapter.trainable_parameters()
     with seconds.of("merge, evaluate"):
-        with_class(adapter.to_lora(), class_name(type(model))).save_pretrained(out / "adapter")
+        with_class(adapter.to_lora(), class_name(type(model)), model.config).save_pretrained(out / "adapter")
         merge_report = adapter.merge()
         storage.write_json(out / "merge.json", asdict(merge_report))
         merged_accuracy, merged = _evaluate(model, data.test, "COBRA, merged")

@@ -92,7 +92,8 @@ def _from_checkpoint(path: Path, base: Path, architecture: str | None) -> LoraAd
     storage.expect(path, meta, {"config": lambda v: isinstance(v, dict), "plan": lambda v: v is None or isinstance(v, dict)})
     trained = {name.removeprefix("adapter."): tensor for name, tensor in tensors.items() if name.startswith("adapter.")}
     heads = {name: tensor for name, tensor in trained.items() if not name.endswith((".lora_A", ".lora_B", ".lora_gate"))}
-    config, sites, recorded = _config(path, meta["config"]), _sites(trained, meta["plan"]), _class_beside(path)
+    config, sites, beside = _config(path, meta["config"]), _sites(trained, meta["plan"]), _config_beside(path)
+    recorded = _class_of(beside)
     model = in_saved_dtype(load_base(base, architecture or recorded, heads), heads)
     budget = Budget.of(config.rank_budget)  # a small number was warned of when the run began
     adapter = cobra.attach(model, dataclasses.replace(config, target_modules=sites, init="uniform", rank_budget=budget))
@@ -105,16 +106,21 @@ def _from_checkpoint(path: Path, base: Path, architecture: str | None) -> LoraAd
         warnings.warn(
             f"{path}: the search was still going on, at step {meta['step']}: cut to its budget as it was", stacklevel=3
         )
-    return adapter.to_lora() if recorded is None else with_class(adapter.to_lora(), recorded)
+    return adapter.to_lora() if recorded is None else with_class(adapter.to_lora(), recorded, beside)
 
 
-def _class_beside(path: Path) -> str | None:
-    """The class in the config.json that training wrote beside a checkpoint, in the words of `class_name`."""
+def _config_beside(path: Path) -> PreTrainedConfig | None:
+    """The config.json that training wrote beside a checkpoint."""
     if path.name != CHECKPOINT or not path.with_name("config.json").is_file():
         return None
-    names = PreTrainedConfig.get_config_dict(path.parent, local_files_only=True)[0].get("architectures") or [None]
-    found = names[0] and find_class(names[0])
-    return class_name(found) if found else names[0]
+    return PreTrainedConfig.from_pretrained(path.parent, local_files_only=True)
+
+
+def _class_of(config: PreTrainedConfig | None) -> str | None:
+    """In the words of `class_name`."""
+    name = next(iter(getattr(config, "architectures", None) or []), None)
+    found = name and find_class(name)
+    return class_name(found) if found else name
 
 
 def _config(path: Path, values: dict) -> cobra.CobraConfig:

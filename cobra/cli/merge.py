@@ -11,7 +11,7 @@ from torch import nn
 
 import cobra
 from cobra import storage
-from cobra.cli.base import head_tensors, is_named, load_base, recorded_class
+from cobra.cli.base import head_tensors, is_named, load_base, name_labels, recorded_class
 from cobra.cli.outputs import check_new_folder
 from cobra.cli.subject import find_model
 from cobra.lora import class_name
@@ -53,6 +53,7 @@ def merge_folders(
         raise ValueError(
             f"{error} (the base was loaded as {kind}; if the adapter is of another class, name it: --architecture)"
         ) from error
+    name_labels(model, combined)
     report = adapter.merge(tolerance=tolerance, reversible=tolerance is not None)
     with storage.new_folder(out) as fresh:
         model.save_pretrained(fresh)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class Example:
-    """label: as it stands in the file; None where the file's labels are not wanted
+    """Texts are as they stand in the file, leading and trailing blanks too.
+
+    label: without them; None where the file's labels are not wanted
     second: another text of the row, such as a hypothesis or a response
     """
 
@@ -131,12 +134,12 @@ def _example(path: Path, number: int, row: object, columns: Columns) -> Example:
             if column == columns.label:
                 what, way = "label", "rows have one label, a word or a number; write each of several in a column, and name one"
             raise ValueError(f"{path}, row {number}: column {column!r} holds a {kind}, not a {what}: {way}")
-    cells = {column: _cell(row[column]) for column in wanted}
+    cells = {column: "" if row[column] is None else str(row[column]) for column in wanted}
+    if columns.label is not None:
+        cells[columns.label] = cells[columns.label].strip()
     for column, value in cells.items():
-        if not value or (column == columns.label and value.lower() in ("nan", "null", "none", "inf", "-inf")):
-            raise ValueError(f"{path}, row {number}: column {column!r} is {value or 'empty'}; fill it or drop the row")
+        if not value.strip() or (column == columns.label and value.lower() in ("nan", "inf", "-inf")):
+            raise ValueError(f"{path}, row {number}: column {column!r} is {value.strip() or 'empty'}; fill it or drop the row")
+        if not value.isascii() and re.search("[\ud800-\udfff]", value):
+            raise ValueError(f"{path}, row {number}: column {column!r} holds half a character (a lone surrogate); mend it")
     return Example(cells[columns.text], cells.get(columns.label), cells.get(columns.second))
-
-
-def _cell(value: object) -> str:
-    return "" if value is None else str(value).strip()

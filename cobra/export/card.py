@@ -13,7 +13,7 @@ from collections import defaultdict
 from cobra.export.check import judge
 from cobra.export.engines import vllm_max_lora_rank
 from cobra.export.folder import Checkpoint, Shapes
-from cobra.lora import LoraAdapter
+from cobra.lora import LABELS, LoraAdapter
 
 MOST_PRIORS = 12
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
@@ -108,6 +108,8 @@ def _what(adapter: LoraAdapter, layout: str) -> str:
         text += " The ranks were chosen layer by layer under one budget."
     if adapter.heads:
         text += f" Trained whole and part of the file: {', '.join(f'`{name}`' for name in adapter.heads)}."
+    if isinstance(labels := adapter.provenance.get(LABELS), list):
+        text += f" The outputs are, in this order: {', '.join(f'`{label}`' for label in labels)}."
     return text
 
 

@@ -42,13 +42,19 @@ def load_adapter(folder: Path | str) -> LoraAdapter:
         layers={name: _layer(folder, name, checkpoint, tensors) for name in checkpoint.modules},
         heads=_heads(folder / TENSORS, {name: tensors[PREFIX + name] for name in checkpoint.others}, config),
         transposed=bool(config.get("fan_in_fan_out")),
-        dropout=float(config.get("lora_dropout") or 0.0),
+        dropout=_dropout(folder / CONFIG, config.get("lora_dropout")),
         ambiguous=bool(provenance) and isinstance(config.get("target_modules"), str),
         base_model=config.get("base_model_name_or_path"),
         task_type=config.get("task_type"),
         auto_mapping=config.get("auto_mapping"),
         provenance={k: v for k, v in provenance.items() if k not in ("kind", "version", "layout")},
     )
+
+
+def _dropout(path: Path, value: object) -> float:
+    if value is None or (isinstance(value, (int, float)) and 0 <= value < 1):
+        return float(value or 0.0)
+    raise FormatError(f"{path}: lora_dropout is {value!r}, expected a number from 0 to below 1")
 
 
 def _check_plain(path: Path, config: dict) -> None:

@@ -7,7 +7,7 @@ out because of an overflow moves neither gates nor temperature.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -16,11 +16,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from cobra.adapter import Adapter
+from cobra.integrations.checks import torch_optimizer
 
 
 class StepHooks:
     """Before a step: refuses gradients that are not finite, adds the KL's gradient, gives gates and lora_B their learning
-    rates. After it: `adapter.step()`. Layers without a gradient at the first step are named in a warning.
+    rates. After it: `adapter.step()`. Layers without a gradient at the first step are named in a warning. Where a step is given
+    a closure, what comes before a step comes behind the closure's backward.
+
+    optimizer: torch's, or one that accelerate has prepared
 
     max_bad_steps: so many steps in a row with gradients that are not finite end the training with a FloatingPointError
 
@@ -28,6 +32,7 @@ class StepHooks:
     """
 
     def __init__(self, adapter: Adapter, optimizer: Optimizer, max_bad_steps: int = 5):
+        optimizer = torch_optimizer(optimizer)
         self.adapter, self.optimizer, self.max_bad_steps = adapter, optimizer, max_bad_steps
         self.seen = self.taken = self.bad = self.kl_added = 0
         self._bad_in_a_row = 0
@@ -64,11 +69,28 @@ class StepHooks:
         self._norms.pop(name, None)  # the order is that of the last backward
         self._norms[name] = torch.linalg.vector_norm(p.grad)
 
-    def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self._depth += 1
         if self._depth > 1:
-            return
+            return None
         self.seen += 1
+        self._skipping = False
+        _, *given = args  # the first is the optimizer
+        if callable(closure := kwargs.get("closure", given[0] if given else None)):
+            return (args[0],), kwargs | {"closure": partial(self._closed, closure)}
+        self._prepare()
+        return None
+
+    def _closed(self, closure: Callable) -> object:
+        """The closure, and what comes before a step."""
+        with torch.enable_grad():
+            loss = closure()
+        self._depth = 1  # `_note` has seen a backward
+        self._prepare()
+        return loss
+
+    def _prepare(self) -> None:
+        optimizer = self.optimizer
         if self.seen == 1:
             self._warn_of_unreached()
         overflow = getattr(optimizer, "found_inf", None)  # a fused optimizer is called in spite of it, and does nothing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,12 +120,22 @@ def find_targets(settings: SubjectSettings, source: Source, split: Split) -> Tar
             bad = next(label for label in train + test if as_numbers([label]) is None)
             raise ValueError(f"label {bad!r} is no number, and the task is regression")
         return Targets(task, numbers[: len(train)], numbers[len(train) :], None)
+    if numbers is not None:
+        train, test = ([_whole(label) for label in part] for part in (train, test))
     classes = sorted(set(train), key=lambda label: (float(label), label) if numbers else label)
     ids = {label: number for number, label in enumerate(classes)}
     new = sorted(set(test) - ids.keys())
     if new:
-        raise ValueError(f"label {new[0]!r} is in the rows to evaluate on and in none to train on")
+        raise ValueError(
+            f"label {new[0]!r} is in the rows to evaluate on and in none to train on: drop these rows or, where they were held "
+            "out by chance, take another --seed or a file of --eval-data"
+        )
     return Targets(task, [ids[label] for label in train], [ids[label] for label in test], tuple(classes))
+
+
+def _whole(label: str) -> str:
+    """1.0 as 1, as tables write whole numbers where one of the column is missing."""
+    return label.partition(".")[0] if re.fullmatch(r"[+-]?\d+\.0+", label) else label
 
 
 def _task_of(numbers: list[float] | None) -> str:

@@ -102,7 +102,7 @@ def _run(
     with stages.of("train"):
         bad_steps = train(settings, subject, adapter, folder, interruption)
     adapter.plan.save(folder / names.PLAN)
-    with_class(adapter.to_lora(), architecture).save_pretrained(folder / "adapter", settings.layout)
+    with_class(adapter.to_lora(), architecture, subject.model.config).save_pretrained(folder / "adapter", settings.layout)
     with stages.of("evaluate"):
         after = evaluate(subject.model, test, subject.task, "evaluate")
     storage.write_json(folder / "eval.json", {**after.to_dict(), "before": before})

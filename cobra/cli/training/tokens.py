@@ -71,7 +71,7 @@ def _parts(example: Example, tokenizer: PreTrainedTokenizerBase, chat: bool) -> 
     if example.second is None:
         return None, example.text
     if not chat:
-        return f"{example.text}\n", example.second
+        return f"{example.text.removesuffix(chr(10))}\n", example.second
     turns = [{"role": "user", "content": example.text}, {"role": "assistant", "content": example.second}]
     prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(turns, tokenize=False)
