@@ -5,12 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from models import Mlp, attached, gpt2, image_batch, layers_of, logits_of, state_of, stir, token_batch, train, vit
+from models import Mlp, attached, gpt2, image_batch, layers_of, logits_of, same, stir, token_batch, train, vit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -401,20 +402,19 @@ def test_other_parameters_that_train(tmp_path):
     straight, path = start(), tmp_path / "c.safetensors"
     straight.advance(0, 3)
     straight.save(path)
+    straight.advance(3, 6)
     resumed = start()
     resumed.adapter.load_checkpoint(path, resumed.optimizer, resumed.scheduler)
-    for run in (straight, resumed):
-        run.advance(3, 6)
-    assert state_of(resumed.model) == state_of(straight.model)
+    resumed.advance(3, 6)
+    assert same(list(resumed.model.state_dict().values()), list(straight.model.state_dict().values()))
     with pytest.warns(UserWarning, match=r"2 parameters outside the adapter are trained .* e\.g\. vit\.layernorm\.weight"):
         straight.adapter.save_pretrained(tmp_path / "adapter")
     narrow = Run.start(vit)
     narrow.model.vit.layernorm = nn.LayerNorm(2)
-    with pytest.raises(ValueError, match=r"vit\.layernorm\.weight \(16,\) was trained beside the adapter, .* has \(2,\)"):
+    with pytest.raises(ValueError, match=r"vit\.layernorm\.bias \(32,\) was trained beside the adapter, .* has \(2,\)"):
         narrow.adapter.load_checkpoint(path)
 
 
-@pytest.mark.filterwarnings("error")
 def test_matrices_that_moved_before_their_checkpoint_came(tmp_path):
     """A Trainer loads those that were not cut by itself: no sign that nobody called step()."""
     run, path = Run.start(vit), tmp_path / "c.safetensors"
@@ -422,8 +422,10 @@ def test_matrices_that_moved_before_their_checkpoint_came(tmp_path):
     run.save(path)
     fresh = Run.start(vit)
     stir(fresh.adapter)
-    fresh.adapter.load_checkpoint(path, fresh.optimizer, fresh.scheduler)
-    assert state_of(fresh.model) == state_of(run.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fresh.adapter.load_checkpoint(path, fresh.optimizer, fresh.scheduler)
+    assert same(list(fresh.model.state_dict().values()), list(run.model.state_dict().values()))
 
 
 def test_scheduler_with_whole_number_keys(tmp_path):

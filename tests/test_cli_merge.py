@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_a_head_is_merged_into_a_class_with_one(tmp_path):
 
 def test_names_of_the_classes_come_along(tmp_path):
     """From the adapter, where the base has none; a base's own stay."""
-    model, adapter = attached(minilm, gate="mean")
+    model, adapter = attached(partial(minilm, 3), gate="mean")
     model.config.id2label = {0: "dull", 1: "fine", 2: "odd"}
     kind = "BertForSequenceClassification"
     named = with_class(adapter.to_lora(), kind, model.config)
