@@ -79,7 +79,7 @@ def test_means_and_wins(rows, summary):
     text = tables.means(rows, summary)
     lines = [line for line in text.splitlines() if "| cobra |" in line]
     assert len(lines) == 3  # classification at rank 2, regression at both
-    assert "2 × classification" in lines[0] and "| 80.0 ± " in lines[0] and "| +10.00 |" in lines[0]
+    assert "2 × classification" in lines[0] and "| cobra | 3 | 80.0 ± " in lines[0] and "| +10.00 |" in lines[0]
     assert " % |" in lines[1]
     assert cells(tables.wins(rows, summary), "cobra")[1].startswith("2 / ")
 

@@ -118,7 +118,10 @@ def calibration_gains(rows: Sequence[dict], summary: Summary, metrics: Mapping[s
 
 
 def means(rows: Sequence[dict], summary: Summary) -> str:
-    """Over all tasks of a kind: mean accuracy, and the gain over LoRA with its interval and p-values."""
+    """Over all tasks of a kind: mean accuracy, and the gain over LoRA of the same seeds with its interval and p-values.
+
+    seeds: the fewest that a task has
+    """
     out = []
     for found in summary.means:
         gain = [MISSING] * 4
@@ -126,8 +129,9 @@ def means(rows: Sequence[dict], summary: Summary) -> str:
             unit = _unit(found.kind)
             gain = [_signed(found.gain, unit), interval(found.gain, unit), p_value(found.gain.p), p_value(found.corrected)]
         tasks = f"{found.tasks} × {found.kind}"
-        out.append((str(found.place), tasks, found.method, percent(found.level), *gain))
-    header = ("at", "tasks", "method", "mean accuracy", "gain over LoRA", "95 % interval", "p", "p, Holm")
+        seeds = min((estimate.seeds for estimate in (found.level, found.gain) if estimate), default=MISSING)
+        out.append((str(found.place), tasks, found.method, str(seeds), percent(found.level), *gain))
+    header = ("at", "tasks", "method", "seeds", "mean accuracy", "gain over LoRA", "95 % interval", "p", "p, Holm")
     return markdown(header, out)
 
 
