@@ -96,7 +96,8 @@ def _from_checkpoint(path: Path, base: Path, architecture: str | None) -> LoraAd
     recorded = _class_of(beside)
     model = in_saved_dtype(load_base(base, architecture or recorded, heads), heads)
     budget = Budget.of(config.rank_budget)  # a small number was warned of when the run began
-    adapter = cobra.attach(model, dataclasses.replace(config, target_modules=sites, init="uniform", rank_budget=budget))
+    unscored = {"init": "uniform", "prior_level": "group"}  # starts and priors come with the checkpoint
+    adapter = cobra.attach(model, dataclasses.replace(config, target_modules=sites, rank_budget=budget, **unscored))
     adapter.config = config
     adapter.load_checkpoint(path)
     if adapter.plan is None:
