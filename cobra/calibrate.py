@@ -68,7 +68,7 @@ def calibrate(
     Raises ValueError for an empty loader, rows of a dataset in the place of batches, labels all masked or of no class, losses
     or scores that are not finite, layers whose first dimension is not the batch, and what `find_sites`, `find_entry` and
     `path_rule` raise.
-    Warns of layers that are not used, of those that do not depend on the path, and of a poor quadrature.
+    Warns of layers that are not used, of those that do not depend on the path, of a head of zeros, and of a poor quadrature.
     """
     least = {"directions": (directions, 0), "max_examples": (max_examples, 1), "chunk_bytes": (chunk_bytes, 1)}
     _check_arguments(model, granularity, least)
@@ -202,11 +202,6 @@ class _Collected:
             bad = [sites[i].name for i in used if not torch.isfinite(values[:, i]).all()]
             if bad:
                 raise ValueError(f"the {name} of {_some(bad)} is not finite; calibrate in fp32 or check these layers' weights")
-        if not (squared[:, used].any() or attributed[:, used].any()):
-            raise ValueError(
-                f"no gradient reaches the {len(used)} layers and none contributes, as with a head that starts at zero: "
-                "all scores are 0; fit or initialise the head first"
-            )
         groups: dict[str, list[int]] = {}
         block = blocks_of((site.name for site in sites), among)
         for i in used:
@@ -297,7 +292,13 @@ def _warn(scores: LayerScores, entered: str, off_path: list[str]) -> None:
             "contribution is 0, and fusion='product' ranks them last: fusion='sum' or 'gradient' does not",
             stacklevel=3,
         )
-    if not scores.completeness.change:
+    if not scores.gradient.any():
+        warnings.warn(
+            "no gradient reaches the layers, as with a head that starts at zero: there is nothing to rank them by; fit or "
+            "initialise the head first",
+            stacklevel=3,
+        )
+    elif not scores.completeness.change:
         warnings.warn("F(x) is F(x0) for every example: what the path runs through does not move the result", stacklevel=3)
     elif scores.completeness.path > 0.05:
         remedy = _remedy(scores.settings, tokens=entered == TOKENS)

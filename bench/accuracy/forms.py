@@ -84,6 +84,8 @@ DEFAULT_PARTS = (
     {"row_scale": FITTED, "lr": 2.0},
     {"row_scale": LEVEL_ROWS},
     {"row_scale": LEVEL_ROWS, "lr": 2.0},
+    {"init": "uniform", "row_scale": 1.0, "lr": 2.0},
+    {"gate": "open", "r_max_multiple": 1, "lr": 2.0},
 )
 SINGULAR_PARTS = (
     {},
