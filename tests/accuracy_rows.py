@@ -35,9 +35,8 @@ def row(
     hard = np.random.default_rng(zlib.crc32(task.encode())).uniform(size=size)
     drawn = np.random.default_rng(zlib.crc32(f"{task} {method} {rank} {seed} {lr}".encode())).uniform(size=size)
     mixed = 0.7 * hard + 0.3 * drawn
-    moved = (
-        {1: 1, 2: -1}.get(seed, 0) * (phase == "final" and method != "lora") / size
-    )  # gains that are equal on all seeds are a case of their own
+    # gains that are equal on all seeds are a case of their own
+    moved = {1: 1, 2: -1}.get(seed, 0) * (phase == "final" and method != "lora") / size
     each = mixed < np.quantile(mixed, level + moved) if kind == "classification" else (level * mixed**2).astype(np.float32)
     metrics = _metrics(kind, each)
     scaled = {name: metrics[name.removeprefix("scaled_")] for name in SCALED} if kind == "classification" else {}
