@@ -126,7 +126,7 @@ SEARCHES = (
     Search(SEARCH_TASKS, 32, {}, {"lora": RATES[:4], "cobra+long": (2.5e-4, *RATES[:3])}),
     Search(REGRESSIONS[:1], 32, {}, dict.fromkeys(HEADLINE, RATES[:4])),
     # and here: at the rate that one run preferred, others of COBRA's form go badly
-    Search(REGRESSIONS, 32, {}, {"lora": RATES[1:4], "cobra": RATES[:4]}, seeds=SEARCH_SEEDS),
+    Search(REGRESSIONS, 32, {}, dict.fromkeys(("lora", "cobra"), RATES[:4]), seeds=SEARCH_SEEDS),
     Search(REGRESSIONS[:1], 2, LARGER, dict.fromkeys(HEADLINE, RATES[1:])),
 )
 
