@@ -32,7 +32,7 @@ def document(tmp_path):
 
 
 def rows_of(levels: dict[str, float]) -> list[dict]:
-    return [row(method, seed=seed, level=level) for method, level in levels.items() for seed in range(2)]
+    return [row(method, seed=seed, level=level) for method, level in levels.items() for seed in range(3)]
 
 
 def test_written_then_current_then_stale(document):

@@ -74,7 +74,7 @@ def test_long_cells(tmp_path):
     """The limit of the csv module is that of the process again afterwards."""
     long, limit = "fine " * 40_000, csv.field_size_limit()
     found = read_examples(str(written(tmp_path / "a.csv", [(long, 1), ("dull", 0)])), Columns())
-    assert [example.text for example in found] == [long.strip(), "dull"]
+    assert [example.text for example in found] == [long, "dull"]
     assert csv.field_size_limit() == limit
 
 
