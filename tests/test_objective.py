@@ -16,6 +16,15 @@ def batch_of(values) -> Batch:
     return Batch.from_loader(values, torch.device("cpu"), 0)
 
 
+@torch.no_grad()
+def scalars(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """(2, B) default losses, which are the model's own, and targets."""
+    outputs = batch.forward(model)
+    losses = objective.default_loss(model, outputs, batch)
+    objective.check_against_model(model, outputs, losses, batch)
+    return torch.stack([losses, objective.default_target(model, outputs, batch)])
+
+
 class Tagger(nn.Module):
     """One's own: a class for every token, the loss left to the caller."""
 
@@ -109,11 +118,7 @@ def test_ratings_are_numbers(problem_type, shape):
         batch = batch_of(review_batch() | {"labels": labels.to(kind)})
         assert objective.labelled_examples(model, batch).all()
         objective.check_classes(model, batch)
-        with torch.no_grad():
-            outputs = batch.forward(model)
-        losses = objective.default_loss(model, outputs, batch)
-        objective.check_against_model(model, outputs, losses, batch)
-        found.append(torch.stack([losses, objective.default_target(model, outputs, batch)]))
+        found.append(scalars(model, batch))
     assert torch.equal(*found)
 
 
@@ -134,11 +139,7 @@ def test_classes_in_a_column():
     for shape in ((4,), (4, 1)):
         batch = batch_of(review_batch() | {"labels": labels.reshape(shape)})
         assert objective.labelled_examples(model, batch).tolist() == [True, True, False, True]
-        with torch.no_grad():
-            outputs = batch.forward(model)
-        losses = objective.default_loss(model, outputs, batch)
-        objective.check_against_model(model, outputs, losses, batch)
-        found.append(torch.stack([losses, objective.default_target(model, outputs, batch)]))
+        found.append(scalars(model, batch))
     assert torch.equal(*found)
 
 
