@@ -1,10 +1,10 @@
 """Training checkpoints: one safetensors file from which a run goes on with the very same bits.
 
 It holds the matrices, gates, heads, whatever else is trained, priors, running statistics of the base model, the optimizer's
-state, torch's random states
-(of the CPU and of the model's CUDA devices, for dropout) and, in its header, the step, the config, the applied plan, and the
-optimizer's and scheduler's settings. Gates need nothing more: they are a function of the step. The order of the data is the
-caller's to restore. Optimizer state of other forms (8-bit moments) lies in it as the plain tensors that it is made of.
+state, torch's random states (of the CPU and of the model's CUDA devices, for dropout) and, in its header, the step, the config,
+the applied plan, and the optimizer's and scheduler's settings. Gates need nothing more: they are a function of the step. The
+order of the data is the caller's to restore. Optimizer state of other forms (8-bit moments) lies in it as the plain tensors
+that it is made of.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def load(adapter: Adapter, path: Path | str, optimizer: Optimizers, scheduler: S
 def _others(adapter: Adapter, path: Path | str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the file has of other parameters, as the model holds them; older files have none.
 
-    Raises ValueError for one that the model lacks or has in another shape: the run's training made it ready before the adapter.
+    Raises ValueError for one that the model lacks or has in another shape.
     """
     found, held = {}, dict(adapter.model.named_parameters(remove_duplicate=False))
     for key in (key for key in tensors if key.startswith("other.")):

@@ -51,6 +51,24 @@ def test_a_closure_trains_as_a_loop_does(named):
     assert same(list(closed.state_dict().values()), list(plain.state_dict().values()))
 
 
+class Twice(torch.optim.AdamW):
+    """A class that calls its parent's step: torch has hooks around both."""
+
+    @torch.optim.Optimizer.profile_hook_step
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_a_closure_of_a_step_within_a_step():
+    model, adapter, loss, _, hooks = searching()
+    hooks.remove()
+    optimizer = Twice([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    hooks = StepHooks(adapter, optimizer)
+    for _ in range(2):
+        optimizer.step(with_closure(optimizer, loss))
+    assert (hooks.seen, hooks.taken, hooks.kl_added, adapter.current_step) == (2, 2, 2, 2)
+
+
 def test_a_closure_whose_gradients_are_not_finite():
     """That step changes nothing, the ones around it are taken."""
     _, adapter, loss, optimizer, hooks = searching()

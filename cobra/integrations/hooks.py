@@ -83,9 +83,10 @@ class StepHooks:
 
     def _closed(self, closure: Callable) -> object:
         """The closure, and what comes before a step."""
+        depth = self._depth
         with torch.enable_grad():
             loss = closure()
-        self._depth = 1  # `_note` has seen a backward
+        self._depth = depth  # `_note` takes a backward for the end of a step
         self._prepare()
         return loss
 
